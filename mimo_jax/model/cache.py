@@ -1,0 +1,116 @@
+"""The key/value cache: plain arrays whose contents are located by position alone.
+
+Position p of a sequence lives in slot p of a full-attention layer and in slot p mod R of a sliding
+layer's ring of R slots.  Which position a slot holds follows from the newest position written, so
+there is no stored length and nothing to undo when draft tokens are rejected: the next step simply
+writes over them.  That is safe as long as a step writes at most `slack` tokens more than are kept,
+since an overwritten ring slot then belonged to a position outside every later window.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from mimo_jax.config import LayerSpec, MiMoConfig
+
+RING_SLACK = 128
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LayerCache:
+    """One layer's keys [B, S, K, H] and (already scaled) values [B, S, K, V]."""
+
+    k: Float[Array, "B S K H"]
+    v: Float[Array, "B S K V"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+    """The cache of a whole stack.
+
+    Attributes:
+      layers: one `LayerCache` a decoder layer.
+      max_len: positions that full-attention layers hold.
+      slack: ring slots beyond the window in sliding layers.
+    """
+
+    layers: tuple[LayerCache, ...]
+    max_len: int = dataclasses.field(metadata=dict(static=True))
+    slack: int = dataclasses.field(metadata=dict(static=True))
+
+
+def init_cache(
+    config: MiMoConfig, batch: int, max_len: int, dtype: Any = None, slack: int = RING_SLACK
+) -> KVCache:
+    """An empty cache for `batch` sequences of up to `max_len` positions.
+
+    Args:
+      config: the model's configuration.
+      batch: sequences B.
+      max_len: capacity of full-attention layers; sliding layers hold window + slack slots.
+      dtype: of keys and values; the config's by default.
+      slack: how many tokens a cached step may add (and reject) without an old key being lost.
+
+    Raises:
+      ValueError: max_len exceeds the model's max_position_embeddings or is not positive.
+    """
+    if not 0 < max_len <= config.max_position_embeddings:
+        raise ValueError(
+            f"cache length {max_len} is outside 1..{config.max_position_embeddings}, the model's "
+            "max_position_embeddings; shorten the prompt or max_tokens"
+        )
+    dtype = jnp.dtype(dtype or config.dtype)
+
+    def layer(spec: LayerSpec) -> LayerCache:
+        slots = max_len if spec.window is None else spec.window + slack
+        return LayerCache(
+            jnp.zeros((batch, slots, spec.num_kv_heads, spec.head_dim), dtype),
+            jnp.zeros((batch, slots, spec.num_kv_heads, spec.v_head_dim), dtype),
+        )
+
+    return KVCache(tuple(layer(s) for s in config.layers), max_len, slack)
+
+
+def slot_positions(newest: Int[Array, " B"], slots: int, *, ring: bool) -> Int[Array, "B S"]:
+    """The position each slot holds when `newest` is the last one written (-1: none yet).
+
+    In a ring, a slot that was never written gets a negative position.
+    """
+    slot = jnp.arange(slots, dtype=jnp.int32)[None, :]
+    if not ring:
+        return jnp.broadcast_to(slot, (newest.shape[0], slots))
+    return newest[:, None] - (newest[:, None] - slot) % slots
+
+
+def write(
+    cache: LayerCache,
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K V"],
+    positions: Int[Array, "B T"],
+    *,
+    ring: bool,
+) -> LayerCache:
+    """Stores the keys and values of T new tokens in their slots.
+
+    Tokens at negative positions are padding and are not stored, nor are those that later tokens
+    of the same call would overwrite.  The caller keeps positions below a full layer's capacity.
+    """
+    slots = cache.k.shape[1]
+    if ring:
+        newest = positions.max(axis=1, keepdims=True)
+        kept = (positions >= 0) & (positions > newest - slots)
+        slot = jnp.where(kept, positions % slots, slots)
+    else:
+        slot = jnp.where(positions >= 0, positions, slots)
+    row = jnp.arange(positions.shape[0])[:, None]
+    return LayerCache(
+        cache.k.at[row, slot].set(k.astype(cache.k.dtype), mode="drop"),
+        cache.v.at[row, slot].set(v.astype(cache.v.dtype), mode="drop"),
+    )

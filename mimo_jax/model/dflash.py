@@ -1,0 +1,67 @@
+"""Parameters of the DFlash drafter (MODEL_SPEC 4.3)."""
+
+from __future__ import annotations
+
+from flax import nnx
+
+from mimo_jax.config import DFlashConfig
+from mimo_jax.model.layers import MLP, RMSNorm
+from mimo_jax.model.parameters import Make, ParamSpec, declare
+
+
+class DFlashAttention(nnx.Module):
+    """Projections, per-head norms and sinks of one drafter layer."""
+
+    def __init__(self, config: DFlashConfig, name: str, make: Make):
+        d, eps = config.hidden_size, config.rms_norm_eps
+        n, k = config.num_attention_heads, config.num_key_value_heads
+        h, v = config.head_dim, config.v_head_dim
+
+        def projection(which: str, rows: int, axis: str) -> nnx.Param:
+            return declare(make, ParamSpec(f"{name}.{which}.weight", (rows, d), (axis, "embed")))
+
+        self.q_proj = projection("q_proj", n * h, "heads")
+        self.k_proj = projection("k_proj", k * h, "kv_heads")
+        self.v_proj = projection("v_proj", k * v, "kv_heads")
+        self.o_proj = declare(
+            make, ParamSpec(f"{name}.o_proj.weight", (d, n * v), ("embed", "heads"))
+        )
+        self.q_norm = RMSNorm(h, eps, f"{name}.q_norm", make)
+        self.k_norm = RMSNorm(h, eps, f"{name}.k_norm", make)
+        self.sink = (
+            declare(make, ParamSpec(f"{name}.attention_sink_bias", (n,), ("sink",), init="zeros"))
+            if config.attention_sink_bias
+            else None
+        )
+
+
+class DFlashLayer(nnx.Module):
+    """One drafter layer."""
+
+    def __init__(self, config: DFlashConfig, index: int, make: Make):
+        name = f"layers.{index}"
+        d, eps = config.hidden_size, config.rms_norm_eps
+        self.input_layernorm = RMSNorm(d, eps, f"{name}.input_layernorm", make)
+        self.self_attn = DFlashAttention(config, f"{name}.self_attn", make)
+        self.post_attention_layernorm = RMSNorm(d, eps, f"{name}.post_attention_layernorm", make)
+        self.mlp = MLP(d, config.intermediate_size, f"{name}.mlp", "plain", make)
+
+
+class DFlash(nnx.Module):
+    """The drafter's own parameters; embedding and head are the backbone's.
+
+    `mask_embedding` is the vector that stands for masked positions.  It ships outside the
+    safetensors file, as `mask_embedding.pt` (MODEL_SPEC 4.2.5), hence its name here.
+    """
+
+    def __init__(self, config: DFlashConfig, make: Make):
+        d, eps = config.hidden_size, config.rms_norm_eps
+        taps = len(config.target_layer_ids)
+        self.config = config
+        self.fc = declare(make, ParamSpec("fc.weight", (d, taps * d), ("embed", None)))
+        self.hidden_norm = RMSNorm(d, eps, "hidden_norm", make)
+        self.layers = nnx.List(
+            [DFlashLayer(config, i, make) for i in range(config.num_hidden_layers)]
+        )
+        self.norm = RMSNorm(d, eps, "norm", make)
+        self.mask_embedding = declare(make, ParamSpec("mask_embedding.pt", (d,), ("embed",)))

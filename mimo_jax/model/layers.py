@@ -1,0 +1,91 @@
+"""Norms, linear maps, rotary embedding and the dense feed-forward (MODEL_SPEC 2.3, 2.6, 2.11)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from mimo_jax.model.parameters import Format, Make, ParamSpec, declare
+from mimo_jax.quant import dequantize
+
+
+def linear(x: Float[Array, "*b D"], w: Any) -> Float[Array, "*b *F"]:
+    """x W^T for a plain or quantised W [F, D] or [C, R, D], whose result ends in C, R.
+
+    Accumulates in float32 and returns x's dtype.
+    """
+    dense = dequantize(w, x.dtype)
+    y = contract("...d,fd->...f", x, dense.reshape(-1, dense.shape[-1]))
+    return y.astype(x.dtype).reshape(*x.shape[:-1], *dense.shape[:-1])
+
+
+def contract(equation: str, *operands: Array) -> Array:
+    """An einsum with float32 accumulation and result; float32 operands are multiplied exactly
+    (GPUs and TPUs round them to fewer bits by default)."""
+    exact = all(o.dtype == jnp.float32 for o in operands)
+    return jnp.einsum(
+        equation,
+        *operands,
+        precision=jax.lax.Precision.HIGHEST if exact else None,
+        preferred_element_type=jnp.float32,
+    )
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square norm; the weight multiplies after the cast back (MODEL_SPEC 2.3)."""
+
+    def __init__(self, dim: int, eps: float, name: str, make: Make):
+        self.eps = eps
+        self.weight = declare(make, ParamSpec(f"{name}.weight", (dim,), ("norm",), init="ones"))
+
+    def __call__(self, x: Float[Array, "*b D"]) -> Float[Array, "*b D"]:
+        """Normalises the last dimension in float32; returns x's dtype."""
+        x32 = x.astype(jnp.float32)
+        scale = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
+        return (x32 * scale).astype(x.dtype) * self.weight[...].astype(x.dtype)
+
+
+class MLP(nnx.Module):
+    """Dense SwiGLU feed-forward, not clamped (MODEL_SPEC 2.11)."""
+
+    def __init__(self, dim: int, width: int, name: str, fmt: Format, make: Make):
+        def spec(projection: str, shape: tuple[int, int], axes: tuple[str, str]) -> ParamSpec:
+            return ParamSpec(f"{name}.{projection}.weight", shape, axes, format=fmt)
+
+        self.gate_proj = declare(make, spec("gate_proj", (width, dim), ("mlp", "embed")))
+        self.up_proj = declare(make, spec("up_proj", (width, dim), ("mlp", "embed")))
+        self.down_proj = declare(make, spec("down_proj", (dim, width), ("embed", "mlp")))
+
+    def __call__(self, x: Float[Array, "*b D"]) -> Float[Array, "*b D"]:
+        """down(silu(gate x) * (up x))."""
+        gate = linear(x, self.gate_proj.get_value())
+        up = linear(x, self.up_proj.get_value())
+        return linear(jax.nn.silu(gate) * up, self.down_proj.get_value())
+
+
+def rotary_angles(
+    positions: Int[Array, "B T"], rotary_dim: int, theta: float
+) -> tuple[Float[Array, "B T half"], Float[Array, "B T half"]]:
+    """cos and sin of position / theta^(2i / rotary_dim), float32 (MODEL_SPEC 2.6).
+
+    The exponent's denominator is the rotary width, not the head width.
+    """
+    inv_freq = theta ** (-jnp.arange(0, rotary_dim, 2, dtype=jnp.float32) / rotary_dim)
+    angles = positions[..., None].astype(jnp.float32) * inv_freq
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def apply_rotary(
+    x: Float[Array, "B T N H"],
+    cos: Float[Array, "B T half"],
+    sin: Float[Array, "B T half"],
+) -> Float[Array, "B T N H"]:
+    """Rotates the leading 2 * half dimensions of each head, pairing i with i + half (NeoX)."""
+    half = cos.shape[-1]
+    cos, sin = (a[:, :, None, :].astype(x.dtype) for a in (cos, sin))
+    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)

@@ -1,0 +1,45 @@
+"""Optional outputs of a forward pass, by name; nothing is computed or kept for those not asked.
+
+Names (i is a layer index):
+
+- `hidden.i`: residual stream after layer i, before the final norm [B, T, D].
+- `router.i`: sigmoid router scores of a MoE layer, float32 [B, T, E].
+- `attention.i`: attention weights, float32 [B, N, T, S] over the keys the layer attended to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from jaxtyping import Array
+
+
+class Taps:
+    """Collects the requested intermediate arrays while a forward pass is traced."""
+
+    def __init__(self, names: Iterable[str] = ()):
+        self.names = frozenset(names)
+        self.values: dict[str, Array] = {}
+
+    def wants(self, name: str) -> bool:
+        """Whether `name` was requested."""
+        return name in self.names
+
+    def record(self, name: str, value: Array) -> None:
+        """Keeps `value` if it was requested."""
+        if name in self.names:
+            self.values[name] = value
+
+    def result(self) -> dict[str, Array]:
+        """The collected arrays.
+
+        Raises:
+          ValueError: a requested name is not one the model has.
+        """
+        unknown = sorted(self.names - self.values.keys())
+        if unknown:
+            raise ValueError(
+                f"unknown taps {unknown}: use hidden.i for any layer i, router.i for a MoE layer, "
+                "attention.i for any layer"
+            )
+        return self.values
