@@ -15,13 +15,13 @@ import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 LayerKind = Literal["full", "sliding"]
 
 
 class ConfigError(ValueError):
-    """A config.json that is broken, incomplete, or asks for something mimo-jax does not implement."""
+    """A config.json is broken, incomplete, or asks for something mimo-jax does not implement."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +105,7 @@ class MiMoConfig:
     # -- construction ---------------------------------------------------------------------------
 
     @classmethod
-    def from_dict(cls, raw: Mapping[str, Any]) -> Self:
+    def from_dict(cls, raw: Mapping[str, Any]) -> MiMoConfig:
         """Builds a config from the contents of a config.json, with the vendor's defaults.
 
         Raises:
@@ -134,36 +134,36 @@ class MiMoConfig:
         values: dict[str, Any] = {
             k: d[k] for k in known if k in d and d[k] is not None and k not in _DEAD_KEYS
         }
-        values |= dict(
-            num_key_value_heads=kv_heads,
-            head_dim=head_dim,
-            v_head_dim=default("v_head_dim", head_dim),
-            swa_num_attention_heads=default("swa_num_attention_heads", heads),
-            swa_num_key_value_heads=default("swa_num_key_value_heads", kv_heads),
-            swa_head_dim=swa_head_dim,
-            swa_v_head_dim=default("swa_v_head_dim", swa_head_dim),
-            intermediate_size=default("intermediate_size", 0),
-            hybrid_layer_pattern=_layer_pattern(d, n_layers),
-            moe_layer_freq=_moe_pattern(d, n_layers),
-            rope_theta=float(rope_theta),
-            swa_rope_theta=float(default("swa_rope_theta", rope_theta)),
-            sliding_window=default("sliding_window", d.get("sliding_window_size")),
-            eos_token_id=(eos,) if isinstance(eos, int) else tuple(eos),
-            dtype=default("dtype", default("torch_dtype", "bfloat16")),
-            architectures=tuple(default("architectures", ("MiMoV2ForCausalLM",))),
-            quantization_config=_to_json(d.get("quantization_config")),
-            extra=_to_json({k: v for k, v in d.items() if k not in known and v is not None})
+        values |= {
+            "num_key_value_heads": kv_heads,
+            "head_dim": head_dim,
+            "v_head_dim": default("v_head_dim", head_dim),
+            "swa_num_attention_heads": default("swa_num_attention_heads", heads),
+            "swa_num_key_value_heads": default("swa_num_key_value_heads", kv_heads),
+            "swa_head_dim": swa_head_dim,
+            "swa_v_head_dim": default("swa_v_head_dim", swa_head_dim),
+            "intermediate_size": default("intermediate_size", 0),
+            "hybrid_layer_pattern": _layer_pattern(d, n_layers),
+            "moe_layer_freq": _moe_pattern(d, n_layers),
+            "rope_theta": rope_theta,
+            "swa_rope_theta": default("swa_rope_theta", rope_theta),
+            "sliding_window": default("sliding_window", d.get("sliding_window_size")),
+            "eos_token_id": (eos,) if isinstance(eos, int) else tuple(eos),
+            "dtype": default("dtype", default("torch_dtype", "bfloat16")),
+            "architectures": tuple(default("architectures", ("MiMoV2ForCausalLM",))),
+            "quantization_config": _to_json(d.get("quantization_config")),
+            "extra": _to_json({k: v for k, v in d.items() if k not in known and v is not None})
             or "{}",
-        )
+        }
         try:
-            config = cls(**values)
+            config = cls(**_with_floats(cls, values))
         except TypeError as error:
             raise ConfigError(f"config.json is incomplete: {error}") from error
         config._validate()
         return config
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str | Path) -> Self:
+    def from_pretrained(cls, name_or_path: str | Path) -> MiMoConfig:
         """Reads a preset by name, a config.json, or the config.json in a checkpoint folder.
 
         Raises:
@@ -230,6 +230,9 @@ class MiMoConfig:
         return self.num_key_value_heads
 
     def _validate(self) -> None:
+        for key in _SIZES:
+            if getattr(self, key) <= 0:
+                raise ConfigError(f"{key}={getattr(self, key)} must be a positive number")
         if self.num_hidden_layers != len(self.hybrid_layer_pattern):
             raise ConfigError(
                 f"hybrid_layer_pattern has {len(self.hybrid_layer_pattern)} entries for "
@@ -242,18 +245,22 @@ class MiMoConfig:
             )
         for spec in self.layers:
             where = f"layer {spec.index} ({spec.kind} attention)"
+            swa = "swa_" if spec.kind == "sliding" else ""
             if spec.num_heads % spec.num_kv_heads:
                 raise ConfigError(
-                    f"{where}: {spec.num_heads} query heads cannot share {spec.num_kv_heads} "
-                    "key/value heads evenly"
+                    f"{where}: {swa}num_attention_heads={spec.num_heads} query heads cannot share "
+                    f"{swa}num_key_value_heads={spec.num_kv_heads} evenly"
                 )
-            if spec.rotary_dim % 2:
+            if spec.rotary_dim % 2 or not 0 <= spec.rotary_dim <= spec.head_dim:
                 raise ConfigError(
-                    f"{where}: int(head_dim * partial_rotary_factor) = {spec.rotary_dim} is odd; "
-                    "rotary embedding needs pairs of dimensions"
+                    f"{where}: int({swa}head_dim * partial_rotary_factor) = {spec.rotary_dim} is "
+                    f"odd or outside 0..{swa}head_dim={spec.head_dim}; rotary embedding turns "
+                    "pairs of a head's dimensions"
                 )
             if spec.kind == "sliding" and not (spec.window and spec.window > 0):
-                raise ConfigError(f"{where}: sliding_window must be a positive number of keys")
+                raise ConfigError(
+                    f"{where}: sliding_window={spec.window} must be a positive number of keys"
+                )
             if spec.moe and not (
                 0 < self.num_experts_per_tok <= self.n_routed_experts and self.moe_intermediate_size
             ):
@@ -298,7 +305,7 @@ class DFlashConfig:
     extra: str = dataclasses.field(default="{}", compare=False, repr=False)
 
     @classmethod
-    def from_dict(cls, raw: Mapping[str, Any]) -> Self:
+    def from_dict(cls, raw: Mapping[str, Any]) -> DFlashConfig:
         """Builds a config from the contents of a dflash/config.json.
 
         Raises:
@@ -331,8 +338,7 @@ class DFlashConfig:
             raise ConfigError(f"dflash config.json has no {', '.join(missing)}")
         values = {f.name: d[f.name] for f in names if d.get(f.name) is not None}
         values["target_layer_ids"] = tuple(values["target_layer_ids"])
-        values["rope_theta"] = float(values["rope_theta"])
-        config = cls(**values, extra=json.dumps(dict(raw)))
+        config = cls(**_with_floats(cls, values), extra=json.dumps(dict(raw)))
         bad = [i for i in config.target_layer_ids if not 0 <= i < config.num_target_layers]
         if bad:
             raise ConfigError(
@@ -342,13 +348,25 @@ class DFlashConfig:
         return config
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str | Path) -> Self:
+    def from_pretrained(cls, name_or_path: str | Path) -> DFlashConfig:
         """Reads a preset by name, a config.json, or `dflash/config.json` in a checkpoint folder."""
         return cls.from_dict(_read_named(name_or_path, suffix=".dflash"))
 
     def to_dict(self) -> dict[str, Any]:
-        """The config as it was read; the released files nest part of it in `dflash_config`."""
-        return json.loads(self.extra) if self.extra != "{}" else dataclasses.asdict(self)
+        """The config with its keys where they were read, some of them inside `dflash_config`."""
+        d: dict[str, Any] = json.loads(self.extra)
+        places = (d, d.get("dflash_config") or {})
+        aliases = {"dtype": "torch_dtype", "sliding_window": "swa_window_size"}
+        for field in dataclasses.fields(self):
+            if field.name == "extra":
+                continue
+            value = getattr(self, field.name)
+            value = list(value) if isinstance(value, tuple) else value
+            names = (field.name, aliases.get(field.name, field.name))
+            found = [(place, name) for place in places for name in names if name in place]
+            for place, name in found or ([] if value is None else [(d, field.name)]):
+                place[name] = value
+        return d
 
     @property
     def rotary_dim(self) -> int:
@@ -398,6 +416,14 @@ _DEAD_KEYS = {
 }
 
 
+# Numbers that every model needs to be positive.
+_SIZES = (
+    *("vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings"),
+    *("num_attention_heads", "num_key_value_heads", "head_dim", "v_head_dim"),
+    *("swa_num_attention_heads", "swa_num_key_value_heads", "swa_head_dim", "swa_v_head_dim"),
+)
+
+
 def _is_transformers_native(raw: Mapping[str, Any]) -> bool:
     return "layer_types" in raw and "hybrid_layer_pattern" not in raw
 
@@ -408,6 +434,11 @@ def _from_transformers(raw: Mapping[str, Any]) -> dict[str, Any]:
     That class has twice as many key/value heads in sliding layers and always a sink there, and its
     `sliding_window` counts the query itself.
     """
+    for key in ("num_key_value_heads", "v_head_dim"):
+        if raw.get(key) is None:
+            raise ConfigError(
+                f"config.json has layer_types but no {key!r}: transformers writes both"
+            )
     d = dict(raw)
     d["hybrid_layer_pattern"] = [int(t == "sliding_attention") for t in d.pop("layer_types")]
     mlp = d.pop("mlp_layer_types", None) or ["dense"] + ["sparse"] * (len(raw["layer_types"]) - 1)
@@ -433,7 +464,9 @@ def _refuse(d: Mapping[str, Any], what: str, **allowed: tuple[Any, ...]) -> None
     for key, values in allowed.items():
         if d.get(key) not in values:
             supported = " or ".join(repr(v) for v in values if v is not None) or "none"
-            raise ConfigError(f"{what}: {key}={d[key]!r} is not supported (supported: {supported})")
+            raise ConfigError(
+                f"{what}: {key}={d.get(key)!r} is not supported (supported: {supported})"
+            )
 
 
 def _refuse_unsupported(d: Mapping[str, Any]) -> None:
@@ -497,6 +530,12 @@ def _moe_pattern(d: Mapping[str, Any], n_layers: int) -> tuple[int, ...]:
     return tuple(int(bool(x)) for x in freq)
 
 
+def _with_floats(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` with those of float fields as floats: JSON files write 10000 for 1e4."""
+    floats = {f.name for f in dataclasses.fields(cls) if "float" in str(f.type)}
+    return {k: float(v) if k in floats and isinstance(v, int) else v for k, v in values.items()}
+
+
 def _to_json(value: Any) -> str | None:
     return None if value is None else json.dumps(value, sort_keys=True)
 
@@ -515,9 +554,12 @@ def _read_named(name_or_path: str | Path, *, suffix: str) -> dict[str, Any]:
             raise ConfigError(f"{path} does not exist; is {path.parent} a checkpoint folder?")
     if path.is_file():
         try:
-            return loads_lenient(path.read_text(encoding="utf-8"))
+            raw = loads_lenient(path.read_text(encoding="utf-8"))
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from error
+        if not isinstance(raw, dict):
+            raise ConfigError(f"{path}: a JSON object was expected, found a {type(raw).__name__}")
+        return raw
     known = {n.removesuffix(suffix): f for n, f in _preset_files().items() if n.endswith(suffix)}
     if not suffix:
         known = {n: f for n, f in known.items() if not n.endswith(".dflash")}

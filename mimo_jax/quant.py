@@ -70,8 +70,8 @@ QuantizedArray = FP8Array | MXFP4Array
 def dequantize(w: Any, dtype: Any) -> Array:
     """Dense weights in `dtype` from a plain, FP8 or MXFP4 array.
 
-    MXFP4 values are exact in bfloat16 and float32 (where a product is a float32 denormal, scale
-    bytes 0 and 1, the platform may flush it to zero; the loader refuses byte 0).  FP8 values are
+    MXFP4 values are exact in bfloat16 and float32, but that the platform may flush float32
+    denormals (codes below 2 with scale byte 0, below 1 with byte 1) to zero.  FP8 values are
     rounded once, from the float32 product.
     """
     if isinstance(w, FP8Array):
@@ -94,7 +94,9 @@ def _dequantize_mxfp4(
     *lead, rows, half = codes.shape
     nibbles = jnp.stack([codes & 0xF, codes >> 4], axis=-1)
     blocks = nibbles.reshape(*lead, rows, 2 * half // MXFP4_BLOCK, MXFP4_BLOCK)
-    values = _decode_e2m1(blocks) * _decode_e8m0(scales)[..., None]
+    # Byte 0 is 2 ** -127, a denormal that platforms flush to zero: halve and take 2 ** -126.
+    halved = jnp.where(scales == 0, jnp.float32(0.5), jnp.float32(1.0))[..., None]
+    values = _decode_e2m1(blocks) * halved * _decode_e8m0(jnp.maximum(scales, 1))[..., None]
     return values.reshape(*lead, rows, 2 * half)
 
 
@@ -108,11 +110,9 @@ def _decode_e2m1(code: UInt8[Array, "*s"]) -> Float[Array, "*s"]:
 
 
 def _decode_e8m0(scale: UInt8[Array, "*s"]) -> Float[Array, "*s"]:
-    """float32 of E8M0 bytes: 2 ** (s - 127), NaN for 255."""
-    s = scale.astype(jnp.uint32)
-    bits = jnp.where(s == 0, 0x00400000, s << 23)
-    value = jax.lax.bitcast_convert_type(bits, jnp.float32)
-    return jnp.where(s == MXFP4_NAN_SCALE, jnp.nan, value)
+    """float32 of E8M0 bytes 1..255: 2 ** (s - 127), NaN for 255."""
+    value = jax.lax.bitcast_convert_type(scale.astype(jnp.uint32) << 23, jnp.float32)
+    return jnp.where(scale == MXFP4_NAN_SCALE, jnp.nan, value)
 
 
 def quantize_fp8(w: Float[Array, "*s R C"]) -> FP8Array:

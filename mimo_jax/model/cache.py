@@ -26,8 +26,8 @@ RING_SLACK = 128
 class LayerCache:
     """One layer's keys [B, S, K, H] and (already scaled) values [B, S, K, V]."""
 
-    k: Float[Array, "B S K H"]
-    v: Float[Array, "B S K V"]
+    k: Any
+    v: Any
 
 
 @jax.tree_util.register_dataclass
@@ -42,8 +42,8 @@ class KVCache:
     """
 
     layers: tuple[LayerCache, ...]
-    max_len: int = dataclasses.field(metadata=dict(static=True))
-    slack: int = dataclasses.field(metadata=dict(static=True))
+    max_len: int = dataclasses.field(metadata={"static": True})
+    slack: int = dataclasses.field(metadata={"static": True})
 
 
 def init_cache(
@@ -59,13 +59,16 @@ def init_cache(
       slack: how many tokens a cached step may add (and reject) without an old key being lost.
 
     Raises:
-      ValueError: max_len exceeds the model's max_position_embeddings or is not positive.
+      ValueError: max_len exceeds the model's max_position_embeddings or is not positive, or slack
+        is negative.
     """
     if not 0 < max_len <= config.max_position_embeddings:
         raise ValueError(
             f"cache length {max_len} is outside 1..{config.max_position_embeddings}, the model's "
             "max_position_embeddings; shorten the prompt or max_tokens"
         )
+    if slack < 0:
+        raise ValueError(f"slack={slack} ring slots beyond the window: it must not be negative")
     dtype = jnp.dtype(dtype or config.dtype)
 
     def layer(spec: LayerSpec) -> LayerCache:

@@ -88,7 +88,7 @@ def moe(
     else:
         y = _tiled_experts(x, chosen, gate, up, down)
     y = y.reshape(tokens, top_k, -1).astype(jnp.float32)
-    return jnp.einsum("px,pxd->pd", weights, y, precision="highest").astype(x.dtype)
+    return (weights[..., None] * y).sum(axis=1).astype(x.dtype)
 
 
 def _tiled_experts(
@@ -103,16 +103,21 @@ def _tiled_experts(
 
     flat = chosen.reshape(-1)
     order = jnp.argsort(flat, stable=True)
-    counts = jnp.zeros(n_experts, jnp.int32).at[flat].add(1)
-    last_tile = jnp.cumsum(-(-counts // tile))
-    first_tile = last_tile - -(-counts // tile)
-    first_pair = jnp.cumsum(counts) - counts
     by_expert = flat[order]
-    slot_sorted = first_tile[by_expert] * tile + jnp.arange(pairs) - first_pair[by_expert]
-    slot = jnp.zeros(pairs, jnp.int32).at[order].set(slot_sorted)
+    first_pair = jnp.searchsorted(by_expert, jnp.arange(n_experts + 1)).astype(jnp.int32)
+    tiles = -(-jnp.diff(first_pair) // tile)
+    last_tile = jnp.cumsum(tiles)
+    row = jnp.arange(pairs, dtype=jnp.int32) - first_pair[by_expert]
+    slot_sorted = (last_tile - tiles)[by_expert] * tile + row
+    slot = jnp.zeros(pairs, jnp.int32).at[order].set(slot_sorted, unique_indices=True)
 
-    source = jnp.full(n_tiles * tile, tokens, jnp.int32).at[slot].set(jnp.arange(pairs) // top_k)
-    rows = x.at[source].get(mode="fill", fill_value=0).reshape(n_tiles, tile, dim)
+    # Every pair has a slot of its own.  Saying so (free slots get distinct indices out of bounds)
+    # keeps the gradient's scatter from needing atomic additions.
+    source = pairs + jnp.arange(n_tiles * tile, dtype=jnp.int32)
+    source = source.at[slot].set(jnp.arange(pairs, dtype=jnp.int32), unique_indices=True)
+    rows = jnp.repeat(x, top_k, axis=0)
+    rows = rows.at[source].get(mode="fill", fill_value=0, unique_indices=True)
+    rows = rows.reshape(n_tiles, tile, dim)
     expert = jnp.searchsorted(last_tile, jnp.arange(n_tiles), side="right")
     used = expert < n_experts
 
@@ -130,13 +135,14 @@ def _tiled_experts(
         (rows, jnp.minimum(expert, n_experts - 1), used),
         batch_size=at_once if at_once > 1 else None,
     )
-    return y.reshape(n_tiles * tile, dim)[slot]
+    y = y.reshape(n_tiles * tile, dim)
+    return y.at[slot].get(unique_indices=True, mode="promise_in_bounds")
 
 
 def _tile_rows(pairs: int, n_experts: int) -> int:
     """Rows a tile: near the average group, so that little is padded, and a power of two."""
     average = max(1, pairs // n_experts)
-    return min(256, max(8, 1 << (average - 1).bit_length()))
+    return min(1024, max(8, 1 << (average - 1).bit_length()))
 
 
 class MoE(nnx.Module):

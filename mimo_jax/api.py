@@ -1,0 +1,287 @@
+"""The calls people make: `load` a checkpoint, then `logits`, `generate`, `stream`, and save."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from mimo_jax import checkpoint, tokenizer
+from mimo_jax.config import MiMoConfig
+from mimo_jax.decoding.autoregressive import Decoder, bucket
+from mimo_jax.decoding.outputs import GenerationOutput, Metrics, Row
+from mimo_jax.decoding.sampling import SamplingParams, sample_seed
+from mimo_jax.model.backbone import MiMo
+
+Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
+
+# Files of a checkpoint folder that belong to the tokenizer and are copied as they are.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+_CACHE_VARIABLE = "MIMO_JAX_COMPILATION_CACHE"
+
+
+def load(
+    name_or_path: str | Path = "mimo-tiny",
+    *,
+    dtype: str | None = None,
+    dequantize: bool = False,
+    qkv: str | None = None,
+) -> LanguageModel:
+    """Loads a model, ready to generate.
+
+    Args:
+      name_or_path: a bundled name ("mimo-tiny"), a checkpoint folder, or a hub id.
+      dtype: compute dtype instead of the config's, such as "float32".
+      dequantize: expand FP8 and MXFP4 weights to the compute dtype; they stay quantised otherwise.
+      qkv: how fused QKV rows are stored ("interleaved", "plain" or "split"), where the loader's
+        own reading of the checkpoint is to be overruled (see `mimo-jax inspect`).
+
+    Raises:
+      FileNotFoundError: nothing has that name; the message names what is close.
+      checkpoint.CheckpointError: the checkpoint is damaged or not one of ours; the message lists
+        every tensor concerned.
+      ConfigError: its config asks for something that is not implemented.
+    """
+    enable_compilation_cache()
+    folder = checkpoint.resolve(name_or_path)
+    loaded = checkpoint.load(folder, dtype=dtype, dequantize=dequantize, qkv=qkv)
+    return LanguageModel(loaded)
+
+
+def save_pretrained(lm: LanguageModel, folder: str | Path) -> None:
+    """Writes a model as HF safetensors, with the names, layout and bytes it was loaded with.
+
+    Raises:
+      OSError: the folder cannot be written.
+    """
+    folder = Path(folder)
+    checkpoint.save(folder, lm.loaded)
+    for name in TOKENIZER_FILES:
+        source = lm.loaded.folder / name
+        if source.is_file() and source.resolve() != (folder / name).resolve():
+            shutil.copyfile(source, folder / name)
+
+
+class LanguageModel:
+    """A loaded model with its tokenizer.
+
+    Attributes:
+      config: the model's `MiMoConfig`.
+      model: the backbone, a flax.nnx module (a pytree of parameters).
+      tokenizer: the Hugging Face tokenizer, None if the checkpoint has none.
+      mtp, drafter: the multi-token-prediction blocks and the DFlash drafter, if it has them.
+      loaded: all of the above as the checkpoint package returned it.
+    """
+
+    def __init__(self, loaded: checkpoint.Loaded):
+        self.loaded = loaded
+        self.config: MiMoConfig = loaded.config
+        self.model: MiMo = loaded.model
+        self.mtp = loaded.mtp
+        self.drafter = loaded.drafter
+        has_tokenizer = (loaded.folder / "tokenizer.json").is_file() or (
+            loaded.folder / "vocab.json"
+        ).is_file()
+        self.tokenizer = tokenizer.load_tokenizer(loaded.folder) if has_tokenizer else None
+        self.eos_ids = tokenizer.eos_ids(loaded.folder, self.config, self.tokenizer)
+        valid = self.config.vocab_size
+        if self.tokenizer is not None:
+            valid = min(valid, tokenizer.valid_vocabulary(self.tokenizer))
+        self.decoder = Decoder(self.model, valid_vocabulary=valid, eos_ids=self.eos_ids)
+        self._forward = jax.jit(lambda model, tokens, positions: model(tokens, positions)[0])
+
+    def logits(self, token_ids: Int[Any, "B T"]) -> Float[Array, "B T vocab"]:
+        """float32 logits at every position of full sequences, without a cache.
+
+        Raises:
+          ValueError: the ids are not [B, T], are outside the vocabulary, or exceed the model's
+            length.
+        """
+        ids = np.asarray(token_ids)
+        if ids.ndim != 2 or not ids.size or not np.issubdtype(ids.dtype, np.integer):
+            raise ValueError(f"token_ids must be integers [B, T], found {ids.dtype} {ids.shape}")
+        if ids.min() < 0 or ids.max() >= self.config.vocab_size:
+            raise ValueError(
+                f"token ids must be in 0..{self.config.vocab_size - 1}, found "
+                f"{ids.min()}..{ids.max()}"
+            )
+        limit, length = self.config.max_position_embeddings, ids.shape[1]
+        if length > limit:
+            raise ValueError(f"{length} tokens exceed the model's {limit} positions")
+        padded = bucket(length, limit)
+        tokens = np.pad(ids, ((0, 0), (0, padded - length))).astype(np.int32)
+        positions = np.where(np.arange(padded) < length, np.arange(padded), -1).astype(np.int32)
+        positions = np.broadcast_to(positions, tokens.shape)
+        return self._forward(self.model, jnp.asarray(tokens), jnp.asarray(positions))[:, :length]
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        batch_size: int = 16,
+        max_len: int | None = None,
+    ) -> list[GenerationOutput]:
+        """Completes prompts, in order.
+
+        Args:
+          prompts: one prompt or a list of them, each a string, a list of token ids, or a list of
+            chat messages ({"role", "content"}).
+          params: sampling parameters, one for all or one a prompt; greedy by default.
+          batch_size: completions decoded together.
+          max_len: length of the cache, prompt and completion together; by default what is needed.
+
+        Raises:
+          ValueError: a prompt is empty, malformed, or too long for the model or for max_len.
+        """
+        listed = list(_listed(prompts))
+        if params is None:
+            params = SamplingParams(temperature=0.0)
+        each = [params] * len(listed) if isinstance(params, SamplingParams) else list(params)
+        if len(each) != len(listed):
+            raise ValueError(f"{len(listed)} prompts but {len(each)} SamplingParams; give one each")
+        ids = [self.encode(prompt) for prompt in listed]
+        rows = [(i, k) for i, p in enumerate(each) for k in range(p.n)]
+        seeds = [secrets.randbits(63) if p.seed is None else p.seed for p in each]
+        done: list[list[tuple[Row, float]]] = [[] for _ in listed]
+        for begin in range(0, len(rows), batch_size):
+            part = rows[begin : begin + batch_size]
+            batch = [Row(each[i], self.tokenizer, self.eos_ids) for i, _ in part]
+            started = time.perf_counter()
+            for _ in self._run(
+                batch,
+                [ids[i] for i, _ in part],
+                [sample_seed(seeds[i], k) for i, k in part],
+                max_len,
+            ):
+                pass
+            for (i, _), row in zip(part, batch, strict=True):
+                done[i].append((row, started))
+        return [_output(ids[i], rows) for i, rows in enumerate(done)]
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Stream:
+        """Completes one prompt, yielding text as it becomes certain; `.output` has the rest.
+
+        Raises:
+          ValueError: the prompt is empty, malformed or too long, or params.n is not 1.
+        """
+        params = SamplingParams(temperature=0.0) if params is None else params
+        if params.n != 1:
+            raise ValueError(f"stream completes a prompt once, found n={params.n}; use generate")
+        return Stream(self, self.encode(prompt), params)
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt of any kind.
+
+        Raises:
+          ValueError: the prompt is malformed, or is text and the checkpoint has no tokenizer.
+        """
+        if self.tokenizer is not None:
+            return tokenizer.encode_prompt(self.tokenizer, prompt)
+        if isinstance(prompt, str) or not all(isinstance(t, int | np.integer) for t in prompt):
+            raise ValueError("the checkpoint has no tokenizer; give prompts as lists of token ids")
+        return [int(t) for t in prompt]  # type: ignore[arg-type]
+
+    def _run(
+        self, batch: list[Row], prompts: list[list[int]], seeds: list[int], max_len: int | None
+    ) -> Iterator[list[str]]:
+        """Decodes a batch of rows; yields each row's new text after every block."""
+        stopped: set[int] = set()
+        blocks = self.decoder.blocks(
+            prompts, [r.params for r in batch], seeds, max_len=max_len, stopped=stopped
+        )
+        for block in blocks:
+            yield [
+                "" if row.ended else row.take(block.tokens[i], i, block.logprobs)
+                for i, row in enumerate(batch)
+            ]
+            stopped.update(i for i, row in enumerate(batch) if row.ended)
+        yield [row.finish() for row in batch]
+
+
+class Stream:
+    """Text of one completion as it is generated; iterate, then read `output`."""
+
+    def __init__(self, lm: LanguageModel, prompt: list[int], params: SamplingParams):
+        self._prompt = prompt
+        self._row = Row(params, lm.tokenizer, lm.eos_ids)
+        seed = secrets.randbits(63) if params.seed is None else params.seed
+        self._pieces = lm._run([self._row], [prompt], [seed], None)
+        self._started = time.perf_counter()
+
+    def __iter__(self) -> Iterator[str]:
+        for (piece,) in self._pieces:
+            if piece:
+                yield piece
+
+    @property
+    def output(self) -> GenerationOutput:
+        """What has been generated so far; complete once the iteration has ended."""
+        return _output(self._prompt, [(self._row, self._started)])
+
+
+def enable_compilation_cache() -> Path | None:
+    """Turns on XLA's persistent compilation cache, unless it is configured or disabled already.
+
+    The first call of a process says on stderr where it is.  The environment variable
+    MIMO_JAX_COMPILATION_CACHE moves it, or disables it with the value "off".
+
+    Returns:
+      The cache's folder, None if this call did not turn it on.
+    """
+    wanted = os.environ.get(_CACHE_VARIABLE, "")
+    if wanted.lower() == "off" or jax.config.jax_compilation_cache_dir:
+        return None
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = Path(wanted) if wanted else home / "mimo-jax" / "xla"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        print(f"no XLA compilation cache: {error} (set {_CACHE_VARIABLE})", file=sys.stderr)
+        return None
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    print(f"XLA compilation cache: {folder} ({_CACHE_VARIABLE}=off disables)", file=sys.stderr)
+    return folder
+
+
+def _listed(prompts: Any) -> Sequence[Prompt]:
+    """A list of prompts from one prompt or a list of them."""
+    if isinstance(prompts, str):
+        return [prompts]
+    if prompts and isinstance(prompts[0], int | np.integer | Mapping):
+        return [prompts]
+    return prompts
+
+
+def _output(prompt: list[int], rows: Sequence[tuple[Row, float]]) -> GenerationOutput:
+    completions = tuple(row.completion() for row, _ in rows)
+    times = [(row.token_times, started) for row, started in rows]
+    spans = [(t[-1] - t[0], len(t) - 1) for t, _ in times if len(t) > 1]
+    steps = sum(n for _, n in spans)
+    metrics = Metrics(
+        ttft_s=min((t[0] - started for t, started in times if t), default=0.0),
+        tpot_s=sum(s for s, _ in spans) / steps if steps else 0.0,
+        prompt_tokens=len(prompt),
+        generated_tokens=sum(len(t) for t, _ in times),
+    )
+    return GenerationOutput(prompt, completions, metrics)

@@ -1,0 +1,1 @@
+"""Turning the model's logits into tokens: sampling, and the loops that generate."""

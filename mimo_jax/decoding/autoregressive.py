@@ -1,0 +1,274 @@
+"""Plain decoding: prefill in length buckets, then many tokens a dispatch on the device.
+
+`Decoder` compiles two functions for a model: one runs the prompts and draws each row's first
+token, the other draws a number of further tokens in a loop on the device.  The host only looks at
+finished blocks of tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Int32
+
+from mimo_jax.decoding import sampling
+from mimo_jax.decoding.sampling import Logprobs, RowParams, SamplingParams
+from mimo_jax.model.backbone import MiMo
+from mimo_jax.model.cache import KVCache, init_cache
+from mimo_jax.model.parameters import parameters
+from mimo_jax.quant import QuantizedArray, dequantize
+
+# Tokens a dispatch: enough to hide the dispatch, few enough for text to stream.
+STEPS = 16
+SMALLEST_BUCKET = 32
+# Quantised models of up to this many bytes, when dense, are expanded once a dispatch.
+EXPAND_BYTES = 2**30
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DecodeState:
+    """What a decoding loop carries.
+
+    Attributes:
+      cache: keys and values of all positions before `positions`.
+      tokens: the newest token of each row, whose keys are not in the cache yet.
+      positions: its position.
+      remaining: how many more tokens each row may produce; 0 when it is done.
+    """
+
+    cache: KVCache
+    tokens: Int32[Array, " B"]
+    positions: Int32[Array, " B"]
+    remaining: Int32[Array, " B"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """Tokens that one dispatch produced, on the host.
+
+    Attributes:
+      tokens: int32 [B, n]; -1 where a row was done already.
+      logprobs: as the device reported them ([B, n, ...]), if asked for.
+    """
+
+    tokens: np.ndarray
+    logprobs: Logprobs | None
+
+
+def bucket(length: int, limit: int, smallest: int = SMALLEST_BUCKET) -> int:
+    """The power of two (at least `smallest`, at most `limit`) that `length` is padded to, so that
+    few shapes are compiled."""
+    return min(limit, max(smallest, 1 << (length - 1).bit_length()))
+
+
+class Decoder:
+    """Runs batches of token prompts through a model.
+
+    Args:
+      model: the backbone.
+      valid_vocabulary: ids from here on are never produced (MODEL_SPEC 2.13).
+      eos_ids: tokens that end a row, unless its parameters say to ignore them.
+
+    The module is flattened once: flattening a large one at every call costs milliseconds.
+    """
+
+    def __init__(self, model: MiMo, *, valid_vocabulary: int, eos_ids: Sequence[int]):
+        self.config = model.config
+        self.valid_vocabulary = valid_vocabulary
+        self.eos_ids = tuple(eos_ids)
+        self._leaves, self._treedef = jax.tree.flatten(model)
+        static = ("top_logprobs",)
+        self._prefill = jax.jit(self._prefill_step, static_argnames=static, donate_argnames="cache")
+        self._decode = jax.jit(
+            self._decode_steps, static_argnames=("steps", *static), donate_argnames="state"
+        )
+
+    def blocks(
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: Sequence[SamplingParams],
+        seeds: Sequence[int],
+        *,
+        max_len: int | None = None,
+        stopped: set[int] | None = None,
+    ) -> Iterator[Block]:
+        """Generates for a batch of prompts, a block of tokens at a time.
+
+        The first block has each row's first token.  Rows end at an end-of-sequence token or after
+        max_tokens; the caller may end one sooner by adding its index to `stopped`.
+
+        Args:
+          prompts: token ids of each row, at least one.
+          params: sampling parameters of each row (`n` and `stop` are the caller's business).
+          seeds: seed of each row.
+          max_len: cache length; by default what the longest row needs, rounded up.
+          stopped: rows to end, looked at between blocks.
+
+        Raises:
+          ValueError: a prompt is empty, or longer than the model or the cache allows.
+        """
+        stopped = set() if stopped is None else stopped
+        limit = self._check_lengths(prompts, max_len)
+        real = len(prompts)
+        budget = [min(p.max_tokens, limit - len(t)) for t, p in zip(prompts, params, strict=True)]
+        longest = max(len(t) + b for t, b in zip(prompts, budget, strict=True))
+        cache_len = bucket(longest, limit, 256) if max_len is None else max_len
+        # Batches are padded to powers of two with rows that never start.
+        rows = bucket(real, 1 << 30, 1)
+        empty: list[int] = []
+        prompts = [*prompts, *[empty] * (rows - real)]
+        params = [*params, *[SamplingParams(temperature=0.0)] * (rows - real)]
+        row_params = sampling.row_params(params, [*seeds, *[0] * (rows - real)])
+        ignore_eos = jnp.asarray([p.ignore_eos for p in params])
+        remaining = jnp.asarray([*budget, *[0] * (rows - real)], jnp.int32)
+        top = max((p.logprobs for p in params if p.logprobs is not None), default=None)
+
+        tokens, positions = _padded(prompts, cache_len)
+        cache = init_cache(self.config, rows, cache_len)
+        state, first, logprobs = self._prefill(
+            self._leaves, tokens, positions, cache, row_params, ignore_eos, remaining,
+            top_logprobs=top,
+        )  # fmt: skip
+        yield _block(first, logprobs, real)
+        while True:
+            remaining = np.asarray(state.remaining)
+            active = remaining.copy()
+            active[list(stopped)] = 0
+            if not active.any():
+                return
+            if (active != remaining).any():
+                state = dataclasses.replace(state, remaining=jnp.asarray(active))
+            state, tokens, logprobs = self._decode(
+                self._leaves, state, row_params, ignore_eos, steps=STEPS, top_logprobs=top
+            )
+            yield _block(tokens, logprobs, real)
+
+    def _check_lengths(self, prompts: Sequence[Sequence[int]], max_len: int | None) -> int:
+        limit = self.config.max_position_embeddings
+        what = "the model's max_position_embeddings"
+        if max_len is not None and max_len < limit:
+            limit, what = max_len, "the cache's max_len"
+        for i, prompt in enumerate(prompts):
+            if not len(prompt):
+                raise ValueError(f"prompt {i} has no tokens; give it at least one")
+            if len(prompt) >= limit:
+                raise ValueError(
+                    f"prompt {i} has {len(prompt)} tokens, which leaves no room to generate within "
+                    f"{what} of {limit}; shorten it"
+                )
+        return limit
+
+    def _prefill_step(
+        self,
+        leaves: list[Array],
+        tokens: Int32[Array, "B T"],
+        positions: Int32[Array, "B T"],
+        cache: KVCache,
+        rows: RowParams,
+        ignore_eos: Bool[Array, " B"],
+        remaining: Int32[Array, " B"],
+        *,
+        top_logprobs: int | None,
+    ) -> tuple[DecodeState, Int32[Array, "B 1"], Logprobs | None]:
+        model = jax.tree.unflatten(self._treedef, leaves)
+        hidden, cache, _ = model.hidden_states(tokens, positions, cache)
+        last = positions.max(axis=1)
+        at = jnp.maximum(last, 0)[:, None, None]
+        hidden = jnp.take_along_axis(hidden, at, axis=1)[:, 0]
+        state = DecodeState(cache, tokens[:, 0], last, remaining)
+        draw = functools.partial(self._draw, model, rows, ignore_eos, top_logprobs)
+        state, token, logprobs = draw(state, hidden)
+        return state, token[:, None], jax.tree.map(lambda a: a[:, None], logprobs)
+
+    def _decode_steps(
+        self,
+        leaves: list[Array],
+        state: DecodeState,
+        rows: RowParams,
+        ignore_eos: Bool[Array, " B"],
+        *,
+        steps: int,
+        top_logprobs: int | None,
+    ) -> tuple[DecodeState, Int32[Array, "B steps"], Logprobs | None]:
+        model = expanded(jax.tree.unflatten(self._treedef, leaves))
+
+        def step(state: DecodeState, _: None) -> tuple[DecodeState, Any]:
+            positions = jnp.where(state.remaining > 0, state.positions, -1)
+            hidden, cache, _ = model.hidden_states(
+                state.tokens[:, None], positions[:, None], state.cache
+            )
+            state = dataclasses.replace(state, cache=cache)
+            state, token, logprobs = self._draw(
+                model, rows, ignore_eos, top_logprobs, state, hidden[:, 0]
+            )
+            return state, (token, logprobs)
+
+        state, (tokens, logprobs) = jax.lax.scan(step, state, length=steps)
+        by_row = jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1), logprobs)
+        return state, tokens.T, by_row
+
+    def _draw(
+        self,
+        model: MiMo,
+        rows: RowParams,
+        ignore_eos: Bool[Array, " B"],
+        top_logprobs: int | None,
+        state: DecodeState,
+        hidden: Array,
+    ) -> tuple[DecodeState, Int32[Array, " B"], Logprobs | None]:
+        """Draws the token after each row's newest one; rows that are done produce -1."""
+        active = state.remaining > 0
+        logits = sampling.mask_vocabulary(model.logits(hidden), self.valid_vocabulary)
+        positions = state.positions + 1
+        token = sampling.sample(logits, rows, positions)
+        logprobs = None
+        if top_logprobs is not None:
+            logprobs = sampling.logprobs(logits, token, top_logprobs)
+        ended = jnp.isin(token, jnp.asarray(self.eos_ids, jnp.int32)) & ~ignore_eos
+        state = DecodeState(
+            state.cache,
+            jnp.where(active, token, state.tokens),
+            jnp.where(active, positions, state.positions),
+            jnp.where(active & ~ended, state.remaining - 1, 0),
+        )
+        return state, jnp.where(active, token, -1), logprobs
+
+
+def expanded(model: MiMo) -> MiMo:
+    """The model with dense weights if those are few (EXPAND_BYTES), else the model itself.
+
+    A small model's loop spends most of its time dequantising when it does so at every step.
+    """
+    compute = jnp.dtype(model.config.dtype)
+    quantized = [p for _, p in parameters(model) if isinstance(p.get_value(), QuantizedArray)]
+    if sum(p.spec.size for p in quantized) * compute.itemsize > EXPAND_BYTES:
+        return model
+    return jax.tree.map(
+        lambda w: dequantize(w, compute) if isinstance(w, QuantizedArray) else w,
+        model,
+        is_leaf=lambda w: isinstance(w, QuantizedArray),
+    )
+
+
+def _padded(
+    prompts: Sequence[Sequence[int]], limit: int
+) -> tuple[Int32[Array, "B T"], Int32[Array, "B T"]]:
+    """Tokens and positions, padded on the right to a bucket; padding has position -1."""
+    length = bucket(max(map(len, prompts)), limit)
+    tokens = np.zeros((len(prompts), length), np.int32)
+    positions = np.full((len(prompts), length), -1, np.int32)
+    for row, prompt in enumerate(prompts):
+        tokens[row, : len(prompt)] = prompt
+        positions[row, : len(prompt)] = np.arange(len(prompt))
+    return jnp.asarray(tokens), jnp.asarray(positions)
+
+
+def _block(tokens: Array, logprobs: Logprobs | None, rows: int) -> Block:
+    return Block(np.asarray(tokens)[:rows], jax.device_get(logprobs))

@@ -1,0 +1,150 @@
+"""What generation returns, and how a row's tokens become text while they arrive."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from typing import Any, Literal
+
+import numpy as np
+
+from mimo_jax.decoding.sampling import Logprobs, SamplingParams
+from mimo_jax.tokenizer import StopChecker, StreamDecoder
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenLogprob:
+    """Log-probability of one generated token, and of the most probable ones in its place."""
+
+    token_id: int
+    logprob: float
+    top: dict[int, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """One generated continuation.
+
+    Attributes:
+      text: decoded text, without special tokens, cut before a stop string.
+      token_ids: generated tokens, the one that ended generation included.
+      finish_reason: "stop" (end-of-sequence token or stop string) or "length".
+      logprobs: one entry a token, or None if not asked for.
+    """
+
+    text: str
+    token_ids: list[int]
+    finish_reason: FinishReason
+    logprobs: list[TokenLogprob] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Metrics:
+    """Timing of a request, in seconds of wall clock; compilation counts where it happens.
+
+    Attributes:
+      ttft_s: from the start of its batch to its first token.
+      tpot_s: a token, from the first to the last; 0 for a single token.
+      prompt_tokens, generated_tokens: counts, the latter over all completions.
+      acceptance_lengths: tokens that each speculative round produced; empty without speculation.
+    """
+
+    ttft_s: float
+    tpot_s: float
+    prompt_tokens: int
+    generated_tokens: int
+    acceptance_lengths: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerationOutput:
+    """Result of one prompt; with n > 1, `text` and the like are those of the first completion."""
+
+    prompt_token_ids: list[int]
+    completions: tuple[Completion, ...]
+    metrics: Metrics
+
+    @property
+    def text(self) -> str:
+        """Text of the first completion."""
+        return self.completions[0].text
+
+    @property
+    def token_ids(self) -> list[int]:
+        """Tokens of the first completion."""
+        return self.completions[0].token_ids
+
+    @property
+    def finish_reason(self) -> FinishReason:
+        """Why the first completion ended."""
+        return self.completions[0].finish_reason
+
+    @property
+    def logprobs(self) -> list[TokenLogprob] | None:
+        """Log-probabilities of the first completion."""
+        return self.completions[0].logprobs
+
+
+class Row:
+    """One completion in the making.
+
+    Args:
+      params: of its request.
+      tokenizer: turns tokens into text; None leaves the text empty.
+      eos_ids: tokens that end it.
+    """
+
+    def __init__(self, params: SamplingParams, tokenizer: Any, eos_ids: tuple[int, ...]):
+        self.params = params
+        self.ended = False
+        self.token_times: list[float] = []
+        self._eos_ids = () if params.ignore_eos else eos_ids
+        self._ids: list[int] = []
+        self._text: list[str] = []
+        self._stopped = False
+        self._logprobs: list[TokenLogprob] | None = None if params.logprobs is None else []
+        self._decoder = None if tokenizer is None else StreamDecoder(tokenizer)
+        self._checker = StopChecker(params.stop)
+
+    def take(self, tokens: np.ndarray, row: int, logprobs: Logprobs | None) -> str:
+        """Takes a block's tokens [n] (negative: none) of this row and returns the new text."""
+        now, new = time.perf_counter(), ""
+        for i, token in enumerate(tokens.tolist()):
+            if token < 0 or self.ended:
+                break
+            self._ids.append(token)
+            self.token_times.append(now)
+            if self._logprobs is not None and logprobs is not None:
+                self._logprobs.append(self._logprob(token, row, i, logprobs))
+            if self._decoder is not None:
+                new += self._checker.push(self._decoder.push([token]))
+            is_eos = token in self._eos_ids
+            self._stopped = is_eos or self._checker.stopped
+            self.ended = self._stopped or len(self._ids) >= self.params.max_tokens
+        self._text.append(new)
+        return new
+
+    def finish(self) -> str:
+        """Ends the row; returns the text that was held back until now."""
+        self.ended = True
+        rest = ""
+        if self._decoder is not None and not self._checker.stopped:
+            rest = self._checker.push(self._decoder.finish())
+            rest += self._checker.finish()
+            self._stopped = self._stopped or self._checker.stopped
+        self._text.append(rest)
+        return rest
+
+    def completion(self) -> Completion:
+        """The finished completion."""
+        reason: FinishReason = "stop" if self._stopped else "length"
+        return Completion("".join(self._text), self._ids, reason, self._logprobs)
+
+    def _logprob(self, token: int, row: int, i: int, logprobs: Logprobs) -> TokenLogprob:
+        count = self.params.logprobs or 0
+        top_ids = np.asarray(logprobs.top_ids)[row, i, :count].tolist()
+        top = np.asarray(logprobs.top)[row, i, :count].tolist()
+        chosen = float(np.asarray(logprobs.chosen)[row, i])
+        return TokenLogprob(token, chosen, dict(zip(top_ids, top, strict=True)))

@@ -1,0 +1,15 @@
+"""Settings of the whole test suite."""
+
+import os
+
+import hypothesis
+import jax
+
+# On the CPU wherever the tests run, so that they mean the same everywhere; JAX_PLATFORMS overrides.
+jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS") or "cpu")
+
+# The same examples in every run, and no time limits: a failure is never a matter of luck or load.
+hypothesis.settings.register_profile(
+    "mimo_jax", deadline=None, derandomize=True, database=None, max_examples=25
+)
+hypothesis.settings.load_profile("mimo_jax")
