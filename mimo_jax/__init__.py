@@ -1,8 +1,8 @@
 """MiMo-V2.5-Pro-UltraSpeed in JAX: the public names (DESIGN 3).
 
-    import mimo_jax as mj
-    lm = mj.load("mimo-tiny")
-    print(lm.generate("def quicksort(items):", mj.SamplingParams(max_tokens=64))[0].text)
+import mimo_jax as mj
+lm = mj.load("mimo-tiny")
+print(lm.generate("def quicksort(items):", mj.SamplingParams(max_tokens=64))[0].text)
 """
 
 from mimo_jax.api import LanguageModel, load, save_pretrained

@@ -1,7 +1,8 @@
 """Trains mimo-tiny, a small MiMo that writes Python, and saves it in the release's own format.
 
     python scripts/train_tiny.py prepare --data .data        # corpus, split, tokenizer, tokens
-    python scripts/train_tiny.py train --data .data --out outputs/mimo-tiny --steps 1500
+    python scripts/train_tiny.py train --data .data --out outputs/mimo-tiny
+    python scripts/train_tiny.py evaluate --data .data --model outputs/mimo-tiny
 
 `train` needs a GPU for the full run (about 10 minutes on an H200) and runs small anywhere, for
 example with `--steps 20 --batch 2 --seq 256`.  Expert weights are trained through MXFP4 and fused
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,12 +26,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-
 import tiny_corpus
+from tiny_eval import (
+    bits_per_byte,
+    cross_entropy,
+    evaluate,
+    expert_counts,
+    held_out_nats,
+    held_out_windows,
+)
+
 from mimo_jax import checkpoint
 from mimo_jax.config import MiMoConfig
 from mimo_jax.model.backbone import MiMo
-from mimo_jax.model.moe import route
 from mimo_jax.model.parameters import ParamSpec, abstract, parameters
 from mimo_jax.model.taps import Taps
 from mimo_jax.quant import dequantize, quantize_fp8, quantize_mxfp4
@@ -150,30 +159,18 @@ def forward(
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     loads = []
     for layer, spec in zip(model.layers, config.layers, strict=True):
-        tap = f"router.{spec.index}"
+        tap = f"experts.{spec.index}"
 
         def block(layer: Any, x: jax.Array, tap: str = tap) -> tuple[jax.Array, Any]:
             taps = Taps([tap])
             return layer(x, positions, None, taps)[0], taps.values.get(tap)
 
-        y, scores = jax.checkpoint(block)(layer, x)
+        y, chosen = jax.checkpoint(block)(layer, x)
         x = x + dropout(spec.index + 1, y - x)
         if spec.moe:
-            _, chosen = route(
-                scores.reshape(-1, config.n_routed_experts),
-                layer.mlp.e_score_correction_bias[...],
-                config.num_experts_per_tok,
-                normalize=True,
-                scale=None,
-            )
-            picked = chosen.reshape(-1, 1) == jnp.arange(config.n_routed_experts)
-            loads.append(picked.sum(axis=0).astype(jnp.float32))
+            everywhere = jnp.ones(tokens.shape, bool)
+            loads.append(expert_counts(chosen, everywhere, config.n_routed_experts))
     return model.logits(x), jnp.stack(loads)
-
-
-def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """Nats of each target, float32."""
-    return optax.softmax_cross_entropy_with_integer_labels(logits, targets)
 
 
 def optimizer(
@@ -181,7 +178,7 @@ def optimizer(
 ) -> optax.GradientTransformation:
     """Muon for hidden matrices (stacks one by one), AdamW for embeddings, head, router, vectors."""
 
-    def muon_axes(params: Weights) -> dict[str, Any]:
+    def muon_axes(params: Any) -> Any:
         matrix = optax.contrib.MuonDimensionNumbers(reduction_axis=-1, output_axis=-2)
         hidden = {
             name: len(spec.shape) > 1 and not any(k in name for k in ("embed", "lm_head", ".gate."))
@@ -215,9 +212,7 @@ def make_step(
     """One compiled training step on random windows of the token stream."""
     bias_names = [n for n in sorted(specs, key=_layer_order) if n.endswith("correction_bias")]
 
-    def loss_fn(
-        weights: Weights, tokens: jax.Array, key: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
+    def loss_fn(weights: Weights, tokens: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
         def dropout(i: int, x: jax.Array) -> jax.Array:
             kept = jax.random.bernoulli(jax.random.fold_in(key, i), 1 - dropout_rate, x.shape)
             return jnp.where(kept, x / (1 - dropout_rate), 0).astype(x.dtype)
@@ -231,11 +226,9 @@ def make_step(
         key, drop_key = jax.random.split(jax.random.fold_in(jax.random.key(1), index))
         starts = jax.random.randint(key, (batch,), 0, stream.shape[0] - seq - 1)
         tokens = stream[starts[:, None] + jnp.arange(seq + 1)].astype(jnp.int32)
-        (loss, loads), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-            weights, tokens, drop_key
-        )
+        (loss, loads), grads = jax.value_and_grad(loss_fn, has_aux=True)(weights, tokens, drop_key)
         updates, state = tx.update(grads, state, weights)
-        weights = optax.apply_updates(weights, updates)
+        weights = jax.tree.map(jnp.add, weights, updates)
         # The selection bias follows the load, not the gradient (which is zero); it is centred so
         # that it keeps meaning relative preference.
         for name, load in zip(bias_names, loads, strict=True):
@@ -252,49 +245,6 @@ def _layer_order(name: str) -> tuple[int, str]:
     return (int(parts[2]) if parts[1] == "layers" else -1, name)
 
 
-def held_out_windows(
-    stream: np.ndarray, eot: int, length: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Windows [n, length + 1] over each file on its own and a mask of the targets they score.
-
-    A file longer than a window is scored with at least half a window of context.
-    """
-    edges = np.flatnonzero(stream == eot)
-    windows, masks = [], []
-    for begin, end in zip(edges[:-1], edges[1:], strict=True):
-        file = stream[begin : end + 1].astype(np.int32)  # from its <|endoftext|> to the next one
-        start, scored = 0, 1
-        while scored < len(file):
-            piece = file[start : start + length + 1]
-            window = np.full(length + 1, eot, np.int32)
-            window[: len(piece)] = piece
-            mask = np.zeros(length, bool)
-            mask[scored - start - 1 : len(piece) - 1] = True
-            windows.append(window)
-            masks.append(mask)
-            scored, start = start + len(piece), start + length // 2
-    return np.stack(windows), np.stack(masks)
-
-
-def evaluate(
-    config: MiMoConfig, weights: Weights, windows: np.ndarray, masks: np.ndarray, batch: int
-) -> tuple[float, np.ndarray]:
-    """Total nats of the scored targets and the experts' loads [L, E], for dense weights."""
-
-    @jax.jit
-    def nats(weights: Weights, tokens: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logits, loads = forward(config, weights, tokens[:, :-1])
-        return (cross_entropy(logits, tokens[:, 1:]) * mask).sum(), loads
-
-    total, loads = 0.0, np.zeros(())
-    for i in range(0, len(windows), batch):
-        rows = np.arange(i, i + batch) % len(windows)
-        fresh = np.arange(i, i + batch) < len(windows)
-        part, load = nats(weights, windows[rows], masks[rows] & fresh[:, None])
-        total, loads = total + float(part), loads + np.asarray(load)
-    return total, loads
-
-
 def prepare(args: argparse.Namespace) -> None:
     """Writes the tokenizer, both token streams and the corpus figures to the data folder."""
     corpus = tiny_corpus.read_corpus()
@@ -303,7 +253,7 @@ def prepare(args: argparse.Namespace) -> None:
     for part, texts in (("train", corpus.train), ("held_out", corpus.held_out)):
         np.save(args.data / f"{part}.npy", tiny_corpus.encode_stream(tokenizer, [*texts.values()]))
     figures = {
-        "python": ".".join(map(str, __import__("sys").version_info[:3])),
+        "python": ".".join(map(str, sys.version_info[:3])),
         "train_files": len(corpus.train),
         "held_out_files": len(corpus.held_out),
         "train_bytes": sum(len(t.encode()) for t in corpus.train.values()),
@@ -325,9 +275,19 @@ def train(args: argparse.Namespace) -> None:
     all_scored = masks.sum()
     if args.eval_windows:
         windows, masks = windows[: args.eval_windows], masks[: args.eval_windows]
-    scored_bytes = figures["held_out_bytes"] * masks.sum() / all_scored
     config = tiny_config()
     specs = specs_of(config)
+
+    def held_out(weights: Weights) -> float:
+        """Bits a byte of dense weights."""
+        nats, _ = held_out_nats(
+            lambda tokens, _: (forward(config, weights, tokens)[0], 0),
+            windows,
+            masks,
+            args.eval_batch,
+        )
+        return bits_per_byte(nats, masks.sum(), figures, all_scored)
+
     weights = initial_weights(specs, jax.random.key(args.seed))
     tx = optimizer(specs, args.lr, args.steps, args.weight_decay)
     state = jax.jit(tx.init)(weights)
@@ -352,35 +312,22 @@ def train(args: argparse.Namespace) -> None:
                 flush=True,
             )
         if args.eval_every and (i + 1) % args.eval_every == 0 and i + 1 < args.steps:
-            rounded = {n: round_through(specs[n], w) for n, w in weights.items()}
-            nats, _ = evaluate(config, rounded, windows, masks, args.eval_batch)
-            bits = nats / math.log(2) / scored_bytes
+            bits = held_out({n: round_through(specs[n], w) for n, w in weights.items()})
             print(f"  held out: {bits:.4f} bits/byte", flush=True)
     train_seconds = time.time() - began
 
     stored = {n: quantize(specs[n], w) for n, w in weights.items()}
     dense = {n: dequantize(w, jnp.float32) for n, w in stored.items()}
-    tokens_scored = int(masks.sum())
     results: dict[str, Any] = {
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
-        "arguments": {k: str(v) for k, v in vars(args).items() if k != "run"},
+        "arguments": {k: str(v) for k, v in vars(args).items() if k not in ("run", "data", "out")},
         "corpus": figures,
         "train_seconds": round(train_seconds, 1),
         "final_train_loss_nats_per_token": float(jnp.stack(losses[-100:]).mean()),
+        "held_out_bits_per_byte": {"unquantised": held_out(weights), "quantised": held_out(dense)},
     }
-    for which, w in (("unquantised", weights), ("quantised", dense)):
-        nats, loads = evaluate(config, w, windows, masks, args.eval_batch)
-        results[which] = {
-            "held_out_bits_per_byte": nats / math.log(2) / scored_bytes,
-            "held_out_perplexity_per_token": math.exp(nats / tokens_scored),
-        }
-        share = loads / loads.sum(axis=1, keepdims=True) * loads.shape[1]
-        results[which]["expert_load_over_mean"] = {
-            "max_by_layer": share.max(axis=1).round(3).tolist(),
-            "min_by_layer": share.min(axis=1).round(3).tolist(),
-        }
-    print(json.dumps({k: results[k] for k in ("unquantised", "quantised")}, indent=2))
+    print(json.dumps(results["held_out_bits_per_byte"], indent=2))
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "training.json").write_text(json.dumps(results, indent=2) + "\n")
     model = MiMo(config, lambda spec: stored[spec.name])
@@ -393,7 +340,7 @@ def train(args: argparse.Namespace) -> None:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description="Trains mimo-tiny, a small MiMo.")
     commands = parser.add_subparsers(required=True)
     p = commands.add_parser("prepare", help="read the corpus, train the tokenizer, encode")
     p.add_argument("--data", type=Path, required=True)
@@ -401,7 +348,7 @@ def main() -> None:
     p = commands.add_parser("train", help="train, evaluate and save")
     p.add_argument("--data", type=Path, required=True)
     p.add_argument("--out", type=Path, required=True)
-    p.add_argument("--steps", type=int, default=1500)
+    p.add_argument("--steps", type=int, default=1611)
     p.add_argument("--batch", type=int, default=64)
     p.add_argument("--seq", type=int, default=1024)
     p.add_argument("--eval-len", type=int, default=4096, help="window of the evaluation")
@@ -417,6 +364,13 @@ def main() -> None:
     p.add_argument("--log-every", type=int, default=100)
     p.add_argument("--shard-bytes", type=int, default=12 * 2**20)
     p.set_defaults(run=train)
+    p = commands.add_parser("evaluate", help="score a saved model and count experts' loads")
+    p.add_argument("--data", type=Path, required=True)
+    p.add_argument("--model", default="mimo-tiny")
+    p.add_argument("--eval-len", type=int, default=4096)
+    p.add_argument("--eval-batch", type=int, default=2)
+    p.add_argument("--out", type=Path, help="a JSON file to write")
+    p.set_defaults(run=evaluate)
     args = parser.parse_args()
     args.run(args)
 

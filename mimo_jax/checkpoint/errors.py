@@ -29,7 +29,9 @@ class Problem:
 
     def __str__(self) -> str:
         where = " in ".join(x for x in (self.tensor, self.file) if x)
-        return f"{self.kind}: {where}: found {self.found}, expected {self.expected}"
+        return (
+            f"{self.kind}: {where}{': ' * bool(where)}found {self.found}, expected {self.expected}"
+        )
 
 
 class CheckpointError(ValueError):

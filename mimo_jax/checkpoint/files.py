@@ -122,8 +122,13 @@ def open_store(
             )
     else:
         listed = sorted(set(weight_map.values()))
+    strays: list[tuple[StoredTensor, str]] = []
     for name in listed:
-        _add_file(store, name, weight_map, skip)
+        strays += _add_file(store, name, weight_map, skip)
+    for stored, other in strays:
+        kind = "duplicate tensor" if stored.name in store.tensors else "misplaced tensor"
+        found, expected = "it in this file", f"it in {other}, where the index has it"
+        store.problems.append(Problem(kind, found, expected, stored.name, stored.file.name))
     if weight_map is not None:
         for name in sorted(set(present) - set(listed)):
             store.problems.append(
@@ -162,8 +167,8 @@ def _read_index(store: TensorStore) -> dict[str, str] | None:
 
 def _add_file(
     store: TensorStore, name: str, weight_map: dict[str, str] | None, skip: Callable[[str], bool]
-) -> None:
-    """Adds one shard's tensors, comparing them with what the index says is in it."""
+) -> list[tuple[StoredTensor, str]]:
+    """Adds one shard's tensors; returns those that the index puts in another file."""
     shown = store.relative(name)
     wanted = {t for t, f in (weight_map or {}).items() if f == name}
     before = len(store.problems)
@@ -175,40 +180,31 @@ def _add_file(
             store.problems.append(
                 Problem("missing file", "nothing", f"{len(wanted)} tensors in it", file=shown)
             )
-        return
+        return []
     file, problems = open_file(path, shown)
     store.problems += problems
     store.incomplete |= weight_map is None and bool(problems) and not file.tensors
     store.files.append(shown)
     for key, value in file.metadata.items():
         store.metadata.setdefault(key, value)
+    strays = []
     for tensor, stored in file.tensors.items():
-        if tensor in store.tensors:
+        if weight_map is None and tensor in store.tensors:
+            found = f"it in {store.tensors[tensor].file.name} as well"
             store.problems.append(
-                Problem(
-                    "duplicate tensor",
-                    f"it in {store.tensors[tensor].file.name} as well",
-                    "each tensor once",
-                    tensor,
-                    shown,
-                )
+                Problem("duplicate tensor", found, "each tensor once", tensor, shown)
             )
-        elif weight_map is not None and tensor not in wanted:
-            other = weight_map.get(tensor)
-            store.problems.append(
-                Problem(
-                    "not in index" if other is None else "duplicate tensor",
-                    "it in this file" + (f", while the index has it in {other}" if other else ""),
-                    "the index and the files to list the same tensors",
-                    tensor,
-                    shown,
-                )
-            )
-        else:
+        elif weight_map is None or tensor in wanted:
             store.tensors[tensor] = stored
+        elif tensor in weight_map:
+            strays.append((stored, store.relative(weight_map[tensor])))
+        else:
+            expected = "the index and its files to list the same tensors"
+            store.problems.append(Problem("not in index", str(stored), expected, tensor, shown))
     for tensor in sorted(wanted - file.tensors.keys()):
         store.unavailable.add(tensor)
         if file.tensors or not problems:
             store.problems.append(
                 Problem("not in file", "nothing", "the tensor the index puts here", tensor, shown)
             )
+    return strays

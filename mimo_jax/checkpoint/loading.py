@@ -97,10 +97,8 @@ def load(
     config, layout = found.config, found.layout
     if config is None or layout is None or found.problems:
         raise CheckpointError(folder, found.problems)
-    reason = None if dequantize else _unheld(found, layout)
-    if reason is not None:
-        expected = "rows that do; load with dequantize=True for dense weights"
-        raise CheckpointError(folder, [Problem("cannot stay quantised", reason, expected)])
+    if not dequantize and (unheld := _unheld(found, layout)):
+        raise CheckpointError(folder, unheld)
 
     if dtype is not None:
         config = dataclasses.replace(config, dtype=dtype)
@@ -122,8 +120,9 @@ def load(
     return Loaded(config, model, mtp_module, drafter_module, stored, folder)
 
 
-def _unheld(found: Survey, layout: Layout) -> str | None:
-    """Why quantised weights of this layout cannot be held as they are; None if they can."""
+def _unheld(found: Survey, layout: Layout) -> list[Problem]:
+    """Layers whose quantised QKV cannot be held in chunks without requantising."""
+    problems = []
     for spec in found.specs:
         if spec.qkv is None or layout.qkv != "split" or found.formats[spec.name] != "fp8":
             continue
@@ -131,12 +130,14 @@ def _unheld(found: Survey, layout: Layout) -> str | None:
         rows = chunk_rows(total, layout.chunks)
         shared = spec.name in layout.shared_kv_scales
         if rows.q % FP8_BLOCK or not (shared or aligned(total, layout.chunks)):
-            return (
-                f"{spec.name} with {rows.q} query, {rows.k} key and {rows.v} value rows in each of "
-                f"{layout.chunks} chunks, which do not begin at the {FP8_BLOCK}-row blocks of the "
-                "scales"
+            has = f"{rows.q} query, {rows.k} key and {rows.v} value rows in {layout.chunks} chunks"
+            needs = (
+                f"chunks whose parts begin at {FP8_BLOCK}-row scale blocks; load with "
+                "dequantize=True for dense weights"
             )
-    return None
+            file = found.store.file_of(spec.name.replace("qkv_proj", "q_proj"))
+            problems.append(Problem("cannot stay quantised", has, needs, spec.name, file))
+    return problems
 
 
 def _load_drafter(found: DrafterSurvey, cast: np.dtype | None) -> tuple[DFlash, list[Problem]]:

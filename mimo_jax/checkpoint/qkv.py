@@ -13,11 +13,13 @@ to a reshape or a concatenation, so codes and scales are never recomputed:
 from __future__ import annotations
 
 import numpy as np
+from jaxtyping import Shaped
 
 from mimo_jax.model.parameters import QKVRows
 from mimo_jax.quant import FP8_BLOCK, FP8Array, numpy_dequantize
 
-Triple = tuple[np.ndarray, np.ndarray, np.ndarray]
+Matrix = Shaped[np.ndarray, "_ _"]
+Triple = tuple[Matrix, Matrix, Matrix]
 
 
 def blocks(size: int) -> int:
@@ -62,12 +64,12 @@ def aligned(total: QKVRows, chunks: int) -> bool:
     return within and (chunks == 1 or rows.v % FP8_BLOCK == 0)
 
 
-def fuse(parts: Triple, chunks: int) -> np.ndarray:
+def fuse(parts: Triple, chunks: int) -> Shaped[np.ndarray, "C R D"]:
     """[C, R, D] from Q, K and V in head order (or from their scales)."""
     return np.concatenate([p.reshape(chunks, -1, p.shape[-1]) for p in parts], axis=1)
 
 
-def unfuse(fused: np.ndarray, q: int, k: int) -> Triple:
+def unfuse(fused: Shaped[np.ndarray, "C R D"], q: int, k: int) -> Triple:
     """Q, K and V in head order from [C, R, D], of which q and k rows a chunk are Q's and K's."""
     q_part, k_part, v_part = np.split(fused, [q, q + k], axis=1)
     width = fused.shape[-1]

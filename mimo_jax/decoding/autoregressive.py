@@ -201,7 +201,7 @@ class Decoder:
 
         def step(state: DecodeState, _: None) -> tuple[DecodeState, Any]:
             positions = jnp.where(state.remaining > 0, state.positions, -1)
-            hidden, cache, _ = model.hidden_states(
+            hidden, cache, _taps = model.hidden_states(
                 state.tokens[:, None], positions[:, None], state.cache
             )
             state = dataclasses.replace(state, cache=cache)

@@ -194,6 +194,7 @@ class MoE(nnx.Module):
             normalize=self.normalize,
             scale=self.scale,
         )
+        taps.record(f"experts.{self.index}", chosen.reshape(*x.shape[:-1], -1))
         y = moe(
             x.reshape(-1, x.shape[-1]),
             weights,

@@ -4,6 +4,7 @@ Names (i is a layer index):
 
 - `hidden.i`: residual stream after layer i, before the final norm [B, T, D].
 - `router.i`: sigmoid router scores of a MoE layer, float32 [B, T, E].
+- `experts.i`: the experts a MoE layer chose, int32 [B, T, X].
 - `attention.i`: attention weights, float32 [B, N, T, S] over the keys the layer attended to.
 """
 
@@ -39,7 +40,7 @@ class Taps:
         unknown = sorted(self.names - self.values.keys())
         if unknown:
             raise ValueError(
-                f"unknown taps {unknown}: use hidden.i for any layer i, router.i for a MoE layer, "
-                "attention.i for any layer"
+                f"unknown taps {unknown}: use hidden.i for any layer i, router.i or experts.i for "
+                "a MoE layer, attention.i for any layer"
             )
         return self.values

@@ -417,7 +417,7 @@ def build_release(
     linear: str = "fp8",
     experts: str = "mxfp4",
     plain: str = "BF16",
-    mtp: int = 3,
+    mtp: int = 1,
     drafter: bool = False,
     towers: bool = False,
     single_file: bool = False,

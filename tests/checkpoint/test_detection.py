@@ -103,10 +103,12 @@ def test_unreadably_quantised_split_matrices_can_be_dequantised(tmp_path: Path) 
     folder = release.write(tmp_path)
     with pytest.raises(checkpoint.CheckpointError) as caught:
         checkpoint.load(folder)
-    (problem,) = caught.value.problems
+    problem, *others = caught.value.problems
     assert problem.kind == "cannot stay quantised"
-    assert "96 query, 48 key and 32 value rows in each of 2 chunks" in problem.found
+    assert problem.tensor == "model.layers.0.self_attn.qkv_proj.weight"
+    assert problem.found == "96 query, 48 key and 32 value rows in 2 chunks"
     assert "dequantize=True" in problem.expected
+    assert len(others) == 2 + 1
     assert_same_weights(checkpoint.load(folder, dequantize=True, dtype="float32"), release)
 
 

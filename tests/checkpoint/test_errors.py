@@ -300,7 +300,17 @@ def test_tensor_stored_twice(tmp_path: Path) -> None:
     release.tensors[FIRST][EXPERT] = release.tensors[SECOND][EXPERT]
     problem = only(problems(release.write(tmp_path)))
     assert (problem.kind, problem.tensor, problem.file) == ("duplicate tensor", EXPERT, FIRST)
-    assert SECOND in problem.found
+    assert SECOND in problem.expected
+
+
+def test_tensor_in_another_file_than_the_index_says(tmp_path: Path) -> None:
+    release = make_release(mtp=1)
+    folder = release.write(tmp_path)
+    index = json.loads((folder / INDEX).read_text())
+    index["weight_map"][NORM] = SECOND
+    (folder / INDEX).write_text(json.dumps(index))
+    found = sorted((p.kind, p.tensor, p.file) for p in problems(folder))
+    assert found == [("misplaced tensor", NORM, FIRST), ("not in file", NORM, SECOND)]
 
 
 def test_tensor_stored_twice_without_index(tmp_path: Path) -> None:
@@ -398,7 +408,7 @@ def test_index_cannot_lead_out_of_the_folder(name: str, tmp_path: Path) -> None:
     (folder / INDEX).write_text(json.dumps(index))
     found = problems(folder)
     assert "unsafe path" in {p.kind for p in found}
-    assert {p.kind for p in found} <= {"unsafe path", "duplicate tensor", "not in index"}
+    assert {p.kind for p in found} == {"unsafe path", "misplaced tensor"}
 
 
 @pytest.mark.parametrize("name", [FIRST, "config.json", INDEX, "dflash/mask_embedding.pt"])

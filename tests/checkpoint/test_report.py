@@ -11,7 +11,7 @@ from mimo_jax.model.parameters import parameter_count
 
 
 def test_report_of_a_release(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    release = make_release(drafter=True, towers=True)
+    release = make_release(mtp=3, drafter=True, towers=True)
     folder = release.write(tmp_path)
     loaded = checkpoint.load(folder)
 
@@ -44,7 +44,7 @@ def test_report_of_a_release(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_text_says_layout_and_reasons(tmp_path: Path) -> None:
-    text = str(checkpoint.inspect(make_release(drafter=True).write(tmp_path)))
+    text = str(checkpoint.inspect(make_release(mtp=3, drafter=True).write(tmp_path)))
     for line in (
         "layers: fSS",
         "MTP: 3 blocks",

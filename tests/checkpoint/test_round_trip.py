@@ -85,7 +85,7 @@ def test_index_of_a_release(tmp_path: Path) -> None:
     total = sum(len(t.data) for t in stored_tensors(release).values())
     assert found["metadata"] == {"tp_size": 2, "save_format": "mxfp4", "total_size": total}
     assert found["weight_map"].keys() == release.names
-    assert found["weight_map"]["model.mtp.layers.1.enorm.weight"] == "model_mtp.safetensors"
+    assert found["weight_map"]["model.mtp.layers.0.enorm.weight"] == "model_mtp.safetensors"
 
 
 def test_single_dense_file_has_no_index(tmp_path: Path) -> None:
@@ -160,7 +160,7 @@ def test_conversions_that_would_requantise_are_refused(
     loaded = checkpoint.load(make_release(qkv=source).write(tmp_path / "in"))
     with pytest.raises(checkpoint.CheckpointError, match=why) as caught:
         checkpoint.save(tmp_path / "out", loaded, layout=target)
-    assert len(caught.value.problems) == 6
+    assert len(caught.value.problems) == 4
     assert {p.kind for p in caught.value.problems} == {"cannot be saved exactly"}
     assert not (tmp_path / "out").exists()
 

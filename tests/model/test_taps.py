@@ -84,6 +84,11 @@ def test_long_prompts_give_the_same_with_and_without_attention_weights():
     np.testing.assert_allclose(logits, jax.jit(lambda t: MODEL(t))(tokens)[0], atol=1e-4)
 
 
+def test_only_what_was_asked_for_is_returned():
+    _, _, taps = jax.eval_shape(lambda t: MODEL(t, taps=["router.1"]), TOKENS)
+    assert list(taps) == ["router.1"]
+
+
 def test_taps_do_not_change_the_logits():
     plain, _ = golden.step(MODEL, TOKENS, AT, None)
     np.testing.assert_allclose(with_all(MODEL, TOKENS)[0], plain, atol=1e-4)
