@@ -29,9 +29,8 @@ class Problem:
 
     def __str__(self) -> str:
         where = " in ".join(x for x in (self.tensor, self.file) if x)
-        return (
-            f"{self.kind}: {where}{': ' * bool(where)}found {self.found}, expected {self.expected}"
-        )
+        what = f"{self.kind}: {where}" if where else self.kind
+        return f"{what}: found {self.found}, expected {self.expected}"
 
 
 class CheckpointError(ValueError):

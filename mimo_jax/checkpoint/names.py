@@ -7,6 +7,7 @@ the model's modules remain the only list of parameters.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -67,18 +68,21 @@ def declared(build: Callable[[Make], nnx.Module]) -> tuple[ParamSpec, ...]:
     return tuple(specs)
 
 
+@functools.lru_cache(maxsize=8)
 def backbone_specs(config: MiMoConfig) -> tuple[ParamSpec, ...]:
     """Declarations of the backbone as in a quantised release, QKV in one chunk."""
     release = _as_release(config)
     return declared(lambda make: MiMo(release, make, qkv_chunks=1))
 
 
+@functools.lru_cache(maxsize=8)
 def mtp_specs(config: MiMoConfig, n_blocks: int) -> tuple[ParamSpec, ...]:
     """Declarations of the MTP blocks as in a quantised release, QKV in one chunk."""
     release = _as_release(config)
     return declared(lambda make: MTP(release, n_blocks, make, qkv_chunks=1))
 
 
+@functools.lru_cache(maxsize=8)
 def drafter_specs(config: DFlashConfig, prefix: str) -> tuple[ParamSpec, ...]:
     """Declarations of the drafter, but for the mask embedding, which has its own file."""
     specs = declared(lambda make: DFlash(config, make))

@@ -227,14 +227,14 @@ def test_damaged_archives(tmp_path: Path) -> None:
     whole = torch_bytes(39, np.arange(4).astype(ml_dtypes.bfloat16).tobytes())
     path = tmp_path / "m.pt"
     refused = 0
-    for i in range(len(whole)):
+    for i in range(0, len(whole), 2):
         for data in (whole[:i], whole[:i] + bytes([whole[i] ^ 0x15]) + whole[i + 1 :]):
             path.write_bytes(data)
             try:
                 read_torch(path)
             except TorchFileError:
                 refused += 1
-    assert refused > len(whole)
+    assert refused > len(whole) / 2
 
 
 def test_damaged_pickles(tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""Running requests: files of them, and what they cost in time."""

@@ -1,0 +1,183 @@
+"""Completes the prompts of a JSONL file with a model, into another JSONL file.
+
+    python scripts/batch_generate.py IN.jsonl OUT.jsonl --model mimo-tiny
+
+An input line has one of "prompt" (text), "messages" (chat) and "token_ids"; "id", if its number
+should not be its name; and any field of `SamplingParams`, in place of the command's options.  Each
+makes a line of output: a completion, or an "error", which stops none of the others.  A batch's
+lines are on the disk before the next batch begins.  The same command again continues an interrupted
+run and writes what the uninterrupted one would have.
+
+Exit codes: 0 all lines are completed, 1 some have errors or the run had to stop, 2 wrong usage,
+130 interrupted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.rule import Rule
+from rich.table import Table
+
+import mimo_jax as mj
+from mimo_jax.cli import FAILED, INTERRUPTED, USAGE, printable
+from mimo_jax.engine.jsonl import Failure, Request, Results, ResultsError, read_requests
+from mimo_jax.engine.metrics import CompileClock
+
+
+@dataclasses.dataclass
+class Totals:
+    """What a run did."""
+
+    completed: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    seconds: float = 0.0
+    compiling: float = 0.0
+
+
+def run_batches(
+    lm: mj.LanguageModel,
+    requests: Sequence[Request],
+    results: Results,
+    batch_size: int,
+    totals: Totals,
+    err: Console,
+) -> None:
+    """Completes the requests that have no result, whole batches at a time."""
+    done = results.completed.keys()
+    for begin in range(0, len(requests), batch_size):
+        batch = requests[begin : begin + batch_size]
+        prompts: dict[str, list[int]] = {}
+        for request in batch:
+            try:
+                prompts[request.id] = _encode(lm, request)
+            except (ValueError, TypeError) as error:
+                failure = Failure(request.line, request.id, "invalid_prompt", str(error))
+                results.add_failures([failure])
+        if prompts.keys() <= done:
+            continue
+        # If one is missing all run again: a batch of other shape would round differently, and the
+        # results could then depend on where a run was interrupted.
+        runnable = [request for request in batch if request.id in prompts]
+        started = time.perf_counter()
+        with CompileClock() as clock:
+            outputs = lm.generate(
+                list(prompts.values()), [r.params for r in runnable], batch_size=batch_size
+            )
+        totals.seconds += time.perf_counter() - started
+        totals.compiling += clock.seconds()
+        for request, output in zip(runnable, outputs, strict=True):
+            totals.prompt_tokens += output.metrics.prompt_tokens
+            totals.generated_tokens += output.metrics.generated_tokens
+            if request.id not in done:
+                results.append(_result(request, output))
+                totals.completed += 1
+        err.print(f"{begin + len(batch)} of {len(requests)} requests done")
+
+
+def _encode(lm: mj.LanguageModel, request: Request) -> list[int]:
+    ids = lm.encode(request.prompt)
+    limit = lm.config.max_position_embeddings
+    if len(ids) >= limit:
+        raise ValueError(
+            f"the prompt has {len(ids)} tokens, which leaves no room to generate within the "
+            f"model's {limit} positions; shorten it"
+        )
+    return ids
+
+
+def _result(request: Request, output: mj.GenerationOutput) -> dict[str, Any]:
+    m = output.metrics
+    result = {
+        **request.echo(),
+        "text": output.text,
+        "finish_reason": output.finish_reason,
+        "usage": {"prompt_tokens": m.prompt_tokens, "completion_tokens": m.generated_tokens},
+        "metrics": {"ttft_s": round(m.ttft_s, 6), "tpot_s": round(m.tpot_s, 6)},
+    }
+    if request.params.n > 1 or request.params.logprobs is not None:
+        result["completions"] = [dataclasses.asdict(c) for c in output.completions]
+    return result
+
+
+def print_summary(results: Results, totals: Totals, preview: int) -> None:
+    """Prints what the run did, and the first completions of the file."""
+    out = Console(highlight=False, markup=False)
+    running = totals.seconds - totals.compiling
+    table = Table("this run", "")
+    table.columns[1].justify = "right"
+    table.add_row("requests completed", str(totals.completed))
+    table.add_row("lines with errors", str(len(results.failed)))
+    table.add_row("prompt tokens", str(totals.prompt_tokens))
+    table.add_row("generated tokens", str(totals.generated_tokens))
+    table.add_row("seconds compiling", f"{totals.compiling:.2f}")
+    table.add_row("seconds running", f"{running:.2f}")
+    if totals.generated_tokens:
+        table.add_row("generated tokens/s, running", f"{totals.generated_tokens / running:.1f}")
+    out.print(table)
+    for record in [*results.completed.values()][:preview]:
+        prompt = record.get("prompt") or json.dumps(record.get("messages") or record["token_ids"])
+        reason = record["finish_reason"]
+        for title, text in (("prompt", prompt), (f"completion ({reason})", record["text"])):
+            heading = printable(f"{record['id']}: {title}")
+            out.print(Rule(heading, align="left", characters="-"))
+            out.out(printable(text).rstrip("\n"), highlight=False)
+
+
+def main(
+    in_path: Annotated[Path, typer.Argument(metavar="IN.jsonl", help="Prompts, one a line.")],
+    out_path: Annotated[Path, typer.Argument(metavar="OUT.jsonl", help="Results; continued.")],
+    model: Annotated[str, typer.Option(help="Bundled name, folder or hub id.")] = "mimo-tiny",
+    batch_size: Annotated[int, typer.Option(min=1, help="Completions decoded together.")] = 16,
+    seed: Annotated[int, typer.Option(help="Lines without a seed get one from this.")] = 0,
+    max_tokens: Annotated[int | None, typer.Option(help="Default of the lines [256].")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Default of the lines [1].")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Default of the lines [1].")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Default of the lines [0: all].")] = None,
+    min_p: Annotated[float | None, typer.Option(help="Default of the lines [0].")] = None,
+    preview: Annotated[int, typer.Option(min=0, help="Completions to show at the end.")] = 3,
+) -> None:
+    """Complete the prompts of a JSONL file with a model; the same command continues a run."""
+    err = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+    defaults = {
+        "max_tokens": max_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "min_p": min_p,
+    }
+    results, totals = None, Totals()
+    try:
+        mj.SamplingParams.from_dict(defaults)
+        requests, failures = read_requests(in_path, defaults, seed)
+        results = Results(out_path)
+        results.check_unchanged(requests)
+        if results.records:
+            err.print(f"{out_path} has {len(results.records)} lines already: going on")
+        results.add_failures(failures)
+        if not {request.id for request in requests} <= results.completed.keys():
+            run_batches(mj.load(model), requests, results, batch_size, totals, err)
+    except KeyboardInterrupt:
+        safe = 0 if results is None else len(results.records)
+        err.print(f"interrupted: {safe} lines are safe in {out_path}; run it again to go on")
+        raise typer.Exit(INTERRUPTED) from None
+    except (ResultsError, ValueError, OSError) as error:
+        err.print(f"error: {printable(str(error))}")
+        raise typer.Exit(FAILED if isinstance(error, ResultsError) else USAGE) from None
+    print_summary(results, totals, preview)
+    raise typer.Exit(FAILED if results.failed else 0)
+
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app.command()(main)
+
+if __name__ == "__main__":
+    app()
