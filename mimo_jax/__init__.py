@@ -19,6 +19,24 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
+__all__ = [
+    "CheckpointError",
+    "Completion",
+    "ConfigError",
+    "DFlashConfig",
+    "GenerationOutput",
+    "KVCache",
+    "LanguageModel",
+    "LayerSpec",
+    "MiMo",
+    "MiMoConfig",
+    "SamplingParams",
+    "init_cache",
+    "load",
+    "presets",
+    "save_pretrained",
+]
+
 # Imported when first used: JAX takes two seconds to import, which `mimo-jax --help` can do without.
 _HOMES = {
     "mimo_jax.api": ("LanguageModel", "load", "save_pretrained"),
@@ -30,7 +48,6 @@ _HOMES = {
     "mimo_jax.model.cache": ("KVCache", "init_cache"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
-__all__ = list(_HOME_OF)
 _MODULES = ("api", "checkpoint", "config", "decoding", "engine", "model", "quant", "tokenizer")
 
 

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -39,8 +39,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 QKV = Annotated[
-    str | None,
-    typer.Option(help="Order of fused QKV rows (interleaved, plain, split), if detection errs."),
+    Literal["interleaved", "plain", "split"] | None,
+    typer.Option(help="Order of fused QKV rows, where detection is to be overruled."),
 ]
 
 
@@ -111,7 +111,10 @@ def generate(
     min_p: Annotated[float | None, typer.Option(help="Least fraction of the best one's.")] = None,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Text to end before; repeatable.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="Compute type instead of the model's.")] = None,
+    dtype: Annotated[
+        Literal["bfloat16", "float16", "float32"] | None,
+        typer.Option(help="Compute type instead of the model's."),
+    ] = None,
     dequantize: Annotated[
         bool, typer.Option("--dequantize", help="Expand FP8 and MXFP4 weights when loading.")
     ] = False,
@@ -132,7 +135,7 @@ def generate(
         text = sys.stdin.read() if prompt == "-" else prompt
         from mimo_jax.engine.metrics import CompileClock
 
-        err = Console(stderr=True, highlight=False, markup=False)
+        err = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
         with CompileClock() as clock, err.status(f"loading {model}") as status:
             lm = mimo_jax.load(model, dtype=dtype, dequantize=dequantize, qkv=qkv)
             status.update("compiling, and reading the prompt")

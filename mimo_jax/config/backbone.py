@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -216,8 +217,9 @@ class MiMoConfig:
 
     @property
     def qkv_chunks(self) -> int:
-        """Chunks in which the releases interleave fused QKV rows (MODEL_SPEC 5.2, quirk B)."""
-        return self.num_key_value_heads
+        """Chunks in which fused QKV rows are interleaved: the releases' (MODEL_SPEC 5.2, quirk B),
+        which is the number of full layers' key/value heads wherever sliding layers can follow."""
+        return math.gcd(self.num_key_value_heads, self.swa_num_key_value_heads)
 
     def _validate(self) -> None:
         for key in _SIZES:
@@ -272,6 +274,14 @@ _READ_OR_DEAD = {
     "rope_parameters",
     "torch_dtype",
 }
+
+
+# Numbers that every model needs to be positive.
+_SIZES = (
+    *("vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings"),
+    *("num_attention_heads", "num_key_value_heads", "head_dim", "v_head_dim"),
+    *("swa_num_attention_heads", "swa_num_key_value_heads", "swa_head_dim", "swa_v_head_dim"),
+)
 
 
 def _to_json(value: Any) -> str | None:

@@ -67,7 +67,7 @@ def refuse_unsupported(d: Mapping[str, Any]) -> None:
         hidden_act=("silu", None),
         tie_word_embeddings=(False, None),
         attention_projection_layout=("split", "fused_qkv", None),
-        dtype=("bfloat16", "float32", "float16", None),
+        dtype=("bfloat16", "float32", None),
     )
     for key in ("rope_scaling", "rope_parameters"):
         scaling = d.get(key) or {}

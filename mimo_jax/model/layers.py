@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -72,9 +73,10 @@ def rotary_angles(
 ) -> tuple[Float[Array, "B T half"], Float[Array, "B T half"]]:
     """cos and sin of position / theta^(2i / rotary_dim), float32 (MODEL_SPEC 2.6).
 
-    The exponent's denominator is the rotary width, not the head width.
+    The exponent's denominator is the rotary width, not the head width.  Frequencies are computed
+    on the host, so that no backend's pow can shift the angles of large positions.
     """
-    inv_freq = theta ** (-jnp.arange(0, rotary_dim, 2, dtype=jnp.float32) / rotary_dim)
+    inv_freq = jnp.asarray(theta ** -(np.arange(0, rotary_dim, 2) / rotary_dim), jnp.float32)
     angles = positions[..., None].astype(jnp.float32) * inv_freq
     return jnp.cos(angles), jnp.sin(angles)
 
