@@ -67,13 +67,13 @@ def readable_errors() -> Iterator[None]:
         _fail("interrupted", INTERRUPTED)
     except BrokenPipeError:
         raise  # the reader of stdout has gone: typer ends quietly
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, OSError) as error:
         from mimo_jax.checkpoint import CheckpointError
         from mimo_jax.config import ConfigError
 
         if os.environ.get(_TRACEBACK_VARIABLE, "0") not in ("", "0"):
             raise
-        theirs = isinstance(error, ValueError | TypeError | FileNotFoundError)
+        theirs = isinstance(error, ValueError | FileNotFoundError)
         damaged = isinstance(error, CheckpointError | ConfigError)
         _fail(f"error: {error}", USAGE if theirs and not damaged else FAILED)
 
@@ -83,10 +83,11 @@ def _fail(message: str, code: int) -> None:
     raise typer.Exit(code) from None
 
 
-def _print_version(wanted: bool) -> None:
+def _print_version(wanted: bool) -> bool:
     if wanted:
         print(f"mimo-jax {mimo_jax.__version__}")
         raise typer.Exit
+    return wanted
 
 
 @app.callback()
@@ -162,14 +163,14 @@ def _write(stream: Stream, before_first: Any, prompt: str) -> bool:
             if out.is_terminal:
                 out.out(printable(prompt), style="dim", end="", highlight=False)
                 prompt, piece = "", printable(piece)
-            out.out(piece, end="", highlight=False)
+            out.file.write(piece)  # rich would drop some characters
             out.file.flush()
             last = piece[-1]
     except KeyboardInterrupt:
         interrupted = True
     before_first()
     if out.is_terminal and last != "\n":
-        out.out()
+        out.file.write("\n")
     return interrupted
 
 

@@ -240,7 +240,7 @@ def _split(
     shared = frozenset(
         n
         for n, (total, _) in found.items()
-        if not own(n) or (shares(n, chunks) and not aligned(total, chunks))
+        if not aligned(total, chunks) and (shares(n, chunks) or not own(n))
     )
     total, rows = found[next(n for n in found if shares(n, chunks) and not own(n))]
     separate = kv_scale_rows(total, 1, shared=False)

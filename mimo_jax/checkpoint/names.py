@@ -29,7 +29,7 @@ from mimo_jax.quant import MXFP4_BLOCK
 # Towers of the multimodal releases, which the text model has no use for (MODEL_SPEC 5.1).
 MULTIMODAL = re.compile(r"(model\.)?(visual|audio\w*|speech_embeddings)\.")
 MTP_PREFIX = "model.mtp."
-MTP_BLOCK = re.compile(r"model\.mtp\.layers\.(\d+)\.")
+MTP_BLOCK = re.compile(r"model\.mtp\.layers\.(\d{1,2})\.")
 MASK_EMBEDDING = "mask_embedding.pt"
 
 FLOATS = ("BF16", "F16", "F32")

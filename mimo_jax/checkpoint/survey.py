@@ -106,7 +106,7 @@ def survey(
             config = MiMoConfig.from_dict(raw)
         except ConfigError as error:
             found.problems.append(
-                Problem("unusable config", str(error), "MiMo-V2", "", "config.json")
+                Problem("unusable config", str(error), "that of a MiMo-V2", "", "config.json")
             )
     if config is not None and raw is not None:
         _survey_backbone(found, raw, config, qkv=qkv, any_float=any_float, mtp=mtp)
@@ -176,7 +176,7 @@ def _survey_backbone(
     reasons = []
     embedding = store.tensors.get("model.embed_tokens.weight")
     if not (raw.get("dtype") or raw.get("torch_dtype")) and embedding is not None:
-        stored = {dtype_name(d): d for d in ("bfloat16", "float32", "float16")}.get(embedding.dtype)
+        stored = {dtype_name(d): d for d in ("bfloat16", "float32")}.get(embedding.dtype)
         config = dataclasses.replace(config, dtype=stored or config.dtype)
         reasons.append(f"dtype: {config.dtype}, the embedding's; config.json does not say")
     if mtp:

@@ -34,7 +34,7 @@ class CompileClock:
 
     def seconds(self, until: float = math.inf) -> float:
         """Seconds of the compilations that ended by `until`, a time of `time.perf_counter`."""
-        return sum(seconds for at, seconds in self._spent if at <= until)
+        return math.fsum(seconds for at, seconds in self._spent if at <= until)
 
     def _record(self, event: str, duration_secs: float, **_: Any) -> None:
         if event.startswith(_COMPILE_EVENTS):

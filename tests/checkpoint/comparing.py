@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from checkpoint.release_format import Release, Tensor
+from checkpoint.release_bytes import Tensor
+from checkpoint.release_format import Release
 
 from mimo_jax.checkpoint import Loaded
 from mimo_jax.model.parameters import ParamSpec, parameters

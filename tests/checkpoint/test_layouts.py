@@ -84,6 +84,17 @@ def test_quantised_weights_stay_quantised(tmp_path: Path) -> None:
     assert kinds["model.layers.1.self_attn.o_proj.weight"] not in (FP8Array, MXFP4Array)
 
 
+def test_nothing_is_left_of_the_files(tmp_path: Path) -> None:
+    """Weights are copies: a file changed in place later does not change the model."""
+    release = make_release()
+    folder = release.write(tmp_path)
+    loaded = checkpoint.load(folder)
+    for path in folder.glob("*.safetensors"):
+        with open(path, "r+b") as file:
+            file.write(bytes(path.stat().st_size))
+    assert_same_weights(loaded, release)
+
+
 def test_dtype_casts_what_is_not_quantised(tmp_path: Path) -> None:
     release = make_release(drafter=True)
     loaded = checkpoint.load(release.write(tmp_path), dtype="float32")
@@ -154,8 +165,9 @@ def test_drafter(prefix: str, files: int, tmp_path: Path) -> None:
 def test_unknown_arguments(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"'tp' is not one of interleaved, plain, split"):
         checkpoint.load(tmp_path, qkv="tp")
-    with pytest.raises(ValueError, match=r"float64 is not one of bfloat16"):
-        checkpoint.load(tmp_path, dtype="float64")
+    for dtype in ("float64", "float16", np.int8):
+        with pytest.raises(ValueError, match=r"is not one of bfloat16, float32"):
+            checkpoint.load(tmp_path, dtype=dtype)
 
 
 @st.composite

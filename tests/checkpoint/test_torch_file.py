@@ -11,7 +11,8 @@ import golden
 import ml_dtypes
 import numpy as np
 import pytest
-from checkpoint.release_format import make_release, torch_bytes
+from checkpoint.release_bytes import torch_bytes
+from checkpoint.release_format import make_release
 
 from mimo_jax import checkpoint
 from mimo_jax.checkpoint.torch_file import TorchFileError, read_torch, write_mask_embedding

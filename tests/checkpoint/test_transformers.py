@@ -8,7 +8,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 from checkpoint.comparing import is_stored_qkv, read_tensors, weights_by_module
-from checkpoint.release_format import Release, Tensor, encode, make_release
+from checkpoint.release_bytes import Tensor, encode
+from checkpoint.release_format import Release, make_release
 from goldens import recipe
 
 from mimo_jax import checkpoint
