@@ -109,7 +109,7 @@ def evaluate(args: argparse.Namespace) -> None:
         "held_out_bits_per_byte": bits_per_byte(nats, scored, figures, scored),
         "held_out_perplexity_per_token": math.exp(nats / scored),
         "expert_load_over_mean_by_layer": {
-            str(i): sorted(row.round(3).tolist(), reverse=True)
+            str(i): sorted(row.astype(float).round(3).tolist(), reverse=True)
             for i, row in zip(moe_layers, share, strict=True)
         },
     }
