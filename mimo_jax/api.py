@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from mimo_jax import checkpoint, tokenizer
 from mimo_jax.config import MiMoConfig
@@ -23,7 +23,7 @@ from mimo_jax.decoding.outputs import GenerationOutput, Metrics, Row
 from mimo_jax.decoding.sampling import SamplingParams, sample_seed
 from mimo_jax.model.backbone import MiMo
 
-Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
+Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]] | np.ndarray
 
 # Files of a checkpoint folder that belong to the tokenizer and are copied as they are.
 TOKENIZER_FILES = (
@@ -109,8 +109,11 @@ class LanguageModel:
         self.decoder = Decoder(self.model, valid_vocabulary=valid, eos_ids=self.eos_ids)
         self._forward = jax.jit(lambda model, tokens, positions: model(tokens, positions)[0])
 
-    def logits(self, token_ids: Int[Any, "B T"]) -> Float[Array, "B T vocab"]:
+    def logits(self, token_ids: Any) -> Float[Array, "B T vocab"]:
         """float32 logits at every position of full sequences, without a cache.
+
+        Args:
+          token_ids: integers [B, T], or anything that numpy makes such an array of.
 
         Raises:
           ValueError: the ids are not [B, T], are outside the vocabulary, or exceed the model's
@@ -142,6 +145,10 @@ class LanguageModel:
         max_len: int | None = None,
     ) -> list[GenerationOutput]:
         """Completes prompts, in order.
+
+        A request's randomness follows from its own seed.  Arithmetic rounds differently in batches
+        of different shapes, so that in bfloat16 the same seed is sure to give the same tokens only
+        in batches that are padded to the same power of two; in float32 it does in any batch.
 
         Args:
           prompts: one prompt or a list of them, each a string, a list of token ids, or a list of
@@ -266,6 +273,8 @@ def enable_compilation_cache() -> Path | None:
 
 def _listed(prompts: Any) -> Sequence[Prompt]:
     """A list of prompts from one prompt or a list of them."""
+    if isinstance(prompts, np.ndarray):
+        prompts = prompts.tolist()
     if isinstance(prompts, str):
         return [prompts]
     if prompts and isinstance(prompts[0], int | np.integer | Mapping):

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,7 @@ SMALLEST_BUCKET = 32
 EXPAND_BYTES = 2**30
 
 
+@no_type_check  # at run time: jax also puts what it knows of an array in an array's place
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DecodeState:

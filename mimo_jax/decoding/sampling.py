@@ -130,6 +130,7 @@ def _stop_strings(stop: Any) -> tuple[str, ...]:
     return tuple(strings)
 
 
+@no_type_check  # at run time: jax also puts what it knows of an array in an array's place
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RowParams:
@@ -148,6 +149,7 @@ class RowParams:
     key_data: UInt32[Array, "B 2"]
 
 
+@no_type_check  # at run time: jax also puts what it knows of an array in an array's place
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Logprobs:
