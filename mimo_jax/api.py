@@ -61,8 +61,8 @@ def load(
         every tensor concerned.
       ConfigError: its config asks for something that is not implemented.
     """
-    enable_compilation_cache()
     folder = checkpoint.resolve(name_or_path)
+    enable_compilation_cache()
     loaded = checkpoint.load(folder, dtype=dtype, dequantize=dequantize, qkv=qkv)
     return LanguageModel(loaded)
 
@@ -101,7 +101,7 @@ class LanguageModel:
         has_tokenizer = (loaded.folder / "tokenizer.json").is_file() or (
             loaded.folder / "vocab.json"
         ).is_file()
-        self.tokenizer = tokenizer.load_tokenizer(loaded.folder) if has_tokenizer else None
+        self.tokenizer: Any = tokenizer.load_tokenizer(loaded.folder) if has_tokenizer else None
         self.eos_ids = tokenizer.eos_ids(loaded.folder, self.config, self.tokenizer)
         valid = self.config.vocab_size
         if self.tokenizer is not None:
@@ -158,8 +158,12 @@ class LanguageModel:
           max_len: length of the cache, prompt and completion together; by default what is needed.
 
         Raises:
-          ValueError: a prompt is empty, malformed, or too long for the model or for max_len.
+          TypeError: a prompt is nothing of these.
+          ValueError: a prompt is empty, malformed, or too long for the model or for max_len, or
+            batch_size is not positive.
         """
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; at least one completion must fit")
         listed = list(_listed(prompts))
         if params is None:
             params = SamplingParams(temperature=0.0)
@@ -200,13 +204,18 @@ class LanguageModel:
         """Token ids of a prompt of any kind.
 
         Raises:
+          TypeError: the prompt is nothing of these.
           ValueError: the prompt is malformed, or is text and the checkpoint has no tokenizer.
         """
         if self.tokenizer is not None:
             return tokenizer.encode_prompt(self.tokenizer, prompt)
         if isinstance(prompt, str) or not all(isinstance(t, int | np.integer) for t in prompt):
             raise ValueError("the checkpoint has no tokenizer; give prompts as lists of token ids")
-        return [int(t) for t in prompt]  # type: ignore[arg-type]
+        ids = [int(t) for t in prompt]  # pyright: ignore[reportArgumentType]
+        if ids and not 0 <= min(ids) <= max(ids) < self.config.vocab_size:
+            found = f"{min(ids)}..{max(ids)}"
+            raise ValueError(f"token ids must be in 0..{self.config.vocab_size - 1}, found {found}")
+        return ids
 
     def _run(
         self, batch: list[Row], prompts: list[list[int]], seeds: list[int], max_len: int | None

@@ -1,226 +1,536 @@
-"""The calls people make, on mimo-tiny; the decoding loop itself is tested in decoding/."""
+"""The public calls: `load`, `logits`, `generate`, `stream`, `save_pretrained`.
+
+Text is tested on mimo-tiny, requests on a small random model without a tokenizer, and what becomes
+of given tokens on mimo-tiny with a decoder that produces those.
+"""
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
+import functools
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
+import golden
 import jax
 import numpy as np
 import pytest
 from tiny import tiny
 
 import mimo_jax as mj
-from mimo_jax import api
+from mimo_jax import api, checkpoint
+from mimo_jax.api import LanguageModel
+from mimo_jax.decoding.autoregressive import Block
+from mimo_jax.decoding.sampling import SamplingParams
+from mimo_jax.model.attention import QUERY_BLOCK
 
-CODE = "import os\nimport sys\n\n\ndef main(argv):\n"
-CHAT = [{"role": "user", "content": "def add(a, b):"}]
-SHORT = mj.SamplingParams(temperature=0.8, seed=3, max_tokens=20)
+GREEDY = SamplingParams(temperature=0.0, max_tokens=20)
+SAMPLED = SamplingParams(temperature=1.0, max_tokens=20, seed=7)
+REPLACEMENT = "\ufffd"
+PROMPTS = ([3, 1, 4], [1, 5, 9, 2, 6], [5])
 
 
-def test_prompts_of_every_kind_mean_the_same():
+def language_model(loaded: checkpoint.Loaded) -> LanguageModel:
+    """A model that is compiled without LLVM's optimiser, in half the time."""
+    quick = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+    with mock.patch.object(jax, "jit", quick):
+        return LanguageModel(loaded)
+
+
+@functools.cache
+def exact() -> LanguageModel:
+    """mimo-tiny in float32, where rounding decides nothing."""
+    return language_model(checkpoint.load(checkpoint.resolve("mimo-tiny"), dtype="float32"))
+
+
+def small_model(folder: Path, eos: list[int] | None = None) -> LanguageModel:
+    """A random model without tokenizer."""
+    if eos is not None:
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
+    model = golden.build(golden.tiny(eos_token_id=None))
+    layout = checkpoint.Layout("split", model.config.qkv_chunks)
+    return language_model(checkpoint.Loaded(model.config, model, None, None, layout, folder))
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
+    return small_model(tmp_path_factory.mktemp("small"))
+
+
+class Scripted:
+    """A decoder whose rows produce given tokens, three at a time, until they end."""
+
+    def __init__(self, *rows: list[int]):
+        self.rows, self.prompts = rows, []
+
+    def blocks(self, prompts: Any, params: Any, seeds: Any, *, max_len: Any, stopped: Any) -> Any:
+        self.prompts += prompts
+        for begin in range(0, max(map(len, self.rows)), 3):
+            tokens = np.full((len(prompts), 3), -1, np.int32)
+            for i, row in enumerate(self.rows):
+                part = [] if i in stopped else row[begin : begin + 3]
+                tokens[i, : len(part)] = part
+            if (tokens == -1).all():
+                return
+            yield Block(tokens, None)
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Callable[..., LanguageModel]:
+    """Makes mimo-tiny produce given texts or tokens."""
+
+    def use(*rows: str | list[int]) -> LanguageModel:
+        lm = tiny()
+        tokens = [lm.tokenizer.encode(r) if isinstance(r, str) else r for r in rows]
+        monkeypatch.setattr(lm, "decoder", Scripted(*tokens))
+        return lm
+
+    return use
+
+
+# Generation
+
+
+def test_greedy_generation_is_the_argmax_of_full_forwards():
+    """On prompts longer than the window and than a block of queries, and across the ring's end."""
+    lm = exact()
+    ids = lm.encode(Path(argparse.__file__).read_text(encoding="utf-8"))
+    lengths, n = (QUERY_BLOCK + 44, 235, 3), 40
+    assert lm.config.sliding_window == 128
+    assert lengths[1] < 256 < lengths[1] + n
+    prompts = [ids[length : 2 * length] for length in lengths]
+    params = dataclasses.replace(GREEDY, max_tokens=n, ignore_eos=True)
+    outs = lm.generate(prompts, params)
+    whole = [p + o.token_ids for p, o in zip(prompts, outs, strict=True)]
+    padded = np.asarray([w + [0] * (max(map(len, whole)) - len(w)) for w in whole])
+    best = np.asarray(lm.logits(padded)).argmax(-1)
+    for row, (length, out) in enumerate(zip(lengths, outs, strict=True)):
+        assert out.token_ids == best[row, length - 1 : length - 1 + n].tolist()
+        assert len(set(out.token_ids)) > 3
+    # The padding of `logits` changes nothing either, and a prompt alone gives the same.
+    alone = np.asarray(lm.logits([whole[2]]))[0]
+    assert alone.argmax(-1)[2:-1].tolist() == outs[2].token_ids
+    assert lm.generate(prompts[2], params)[0].token_ids == outs[2].token_ids
+
+
+def test_it_writes_python():
+    prompt = "import os\n\n\nclass Point:\n    def __init__(self, x, y):\n        self.x = x\n"
+    (out,) = exact().generate(prompt, GREEDY)
+    assert out.text.lstrip().startswith("self.y = y\n")
+
+
+def test_outputs_are_in_order_whatever_the_batch_size(small):
+    prompts = [*PROMPTS, [8, 8]]
+    together = small.generate(prompts, SAMPLED)
+    assert [o.prompt_token_ids for o in together] == prompts
+    split = small.generate(prompts, SAMPLED, batch_size=2)
+    assert [o.token_ids for o in split] == [o.token_ids for o in together]
+    assert len({tuple(o.token_ids) for o in together}) == len(prompts)
+
+
+def test_a_seed_gives_the_same_whatever_else_is_generated(small):
+    (alone,) = small.generate(PROMPTS[0], SAMPLED)
+    others = dataclasses.replace(SAMPLED, seed=None)
+    rows = [PROMPTS[1], PROMPTS[2], PROMPTS[0], [9]]
+    outs = small.generate(rows, [others, GREEDY, SAMPLED, others])
+    assert outs[2].token_ids == alone.token_ids
+    (other,) = small.generate(PROMPTS[0], dataclasses.replace(SAMPLED, seed=8))
+    assert other.token_ids != alone.token_ids
+
+
+def test_without_a_seed_every_call_differs(small):
+    params = dataclasses.replace(SAMPLED, seed=None)
+    first, second = (small.generate(PROMPTS[0], params)[0].token_ids for _ in range(2))
+    assert first != second
+
+
+def test_several_completions_of_a_prompt(small):
+    several = dataclasses.replace(SAMPLED, n=3)
+    (one,) = small.generate(PROMPTS[0], SAMPLED)
+    (many,) = small.generate(PROMPTS[0], several)
+    assert many.token_ids == many.completions[0].token_ids == one.token_ids
+    assert len({tuple(c.token_ids) for c in many.completions}) == len(many.completions) == 3
+    assert small.generate([[7], PROMPTS[0]], [GREEDY, several])[1].completions == many.completions
+    assert many.metrics.generated_tokens == 3 * 20
+
+
+def test_parameters_of_each_prompt(small):
+    each = [dataclasses.replace(GREEDY, max_tokens=n) for n in (1, 20, 7)]
+    outs = small.generate(PROMPTS, each)
+    assert [len(o.token_ids) for o in outs] == [1, 20, 7]
+    assert {o.finish_reason for o in outs} == {"length"}
+    assert outs[2].token_ids == small.generate(PROMPTS[2], GREEDY)[0].token_ids[:7]
+
+
+def test_every_eos_id_of_generation_config_ends_a_completion(small, tmp_path):
+    free = [o.token_ids for o in small.generate(PROMPTS, GREEDY)]
+    ends = [next(t for i, t in enumerate(row) if i > 1 and t not in row[:i]) for row in free[:2]]
+    assert len(set(ends)) == 2
+    lm = small_model(tmp_path, ends)
+    assert lm.eos_ids == tuple(sorted(ends))
+    outs = lm.generate(PROMPTS, GREEDY)
+    for row, out in zip(free, outs, strict=True):
+        at = next((i for i, t in enumerate(row) if t in ends), None)
+        assert out.token_ids == (row if at is None else row[: at + 1])
+        assert out.finish_reason == ("length" if at is None else "stop")
+    assert [o.finish_reason for o in outs[:2]] == ["stop", "stop"]
+    on = lm.generate(PROMPTS, dataclasses.replace(GREEDY, ignore_eos=True))
+    assert [o.token_ids for o in on] == free
+    assert {o.finish_reason for o in on} == {"length"}
+
+
+def test_ids_beyond_the_tokenizer_are_masked():
     lm = tiny()
-    ids = lm.encode(CODE)
-    text = lm.generate(CODE, SHORT)
-    tokens = lm.generate([ids], SHORT)
-    as_array = lm.generate(np.asarray(ids), SHORT)
-    assert text[0].token_ids == tokens[0].token_ids == as_array[0].token_ids
-    assert text[0].prompt_token_ids == ids
-    assert lm.tokenizer.decode(text[0].token_ids) == text[0].text
+    entries = lm.tokenizer.get_vocab().values()
+    assert lm.decoder.valid_vocabulary == max(entries) + 1 < lm.config.vocab_size
 
 
-def test_chat_messages_go_through_the_template():
+def test_logprobs(small):
+    each = [dataclasses.replace(GREEDY, logprobs=n) for n in (3, 0)]
+    outs = small.generate(PROMPTS, [*each, GREEDY])
+    assert outs[2].logprobs is None
+    for i, count in enumerate((3, 0)):
+        whole = PROMPTS[i] + outs[i].token_ids
+        expected = np.asarray(jax.nn.log_softmax(small.logits([whole])))[0, len(PROMPTS[i]) - 1 :]
+        entries = outs[i].logprobs
+        assert entries is not None
+        assert [e.token_id for e in entries] == outs[i].token_ids
+        for entry, row in zip(entries, expected, strict=False):
+            assert entry.logprob == pytest.approx(row[entry.token_id], abs=1e-4)
+            best = np.argsort(-row)[:count].tolist()
+            assert list(entry.top) == best
+            assert list(entry.top.values()) == pytest.approx(row[best].tolist(), abs=1e-4)
+
+
+def test_the_caches_length_is_honoured_and_greedy_is_the_default(small):
+    (out,) = small.generate(PROMPTS[0], max_len=256)
+    assert len(out.token_ids) == 256 - len(PROMPTS[0]) < SamplingParams().max_tokens
+    assert out.finish_reason == "length"
+    assert out.token_ids[:20] == small.generate(PROMPTS[0], GREEDY)[0].token_ids
+
+
+def test_metrics(small):
+    params = [dataclasses.replace(GREEDY, max_tokens=1), GREEDY]
+    first, second = small.generate(PROMPTS[:2], params)
+    assert (first.metrics.prompt_tokens, first.metrics.generated_tokens) == (3, 1)
+    assert (second.metrics.prompt_tokens, second.metrics.generated_tokens) == (5, 20)
+    assert first.metrics.tpot_s == 0 < second.metrics.tpot_s
+    assert min(first.metrics.ttft_s, second.metrics.ttft_s) > 0
+    assert second.metrics.acceptance_lengths == ()
+
+
+# Text
+
+
+def test_a_stop_string_cuts_the_text(script):
+    text = "first line\nsecond line\nthird"
+    params = dataclasses.replace(GREEDY, stop=["\nsecond", "third"])
+    (out,) = script(text).generate("x", params)
+    assert (out.text, out.finish_reason) == ("first line", "stop")
+    ids = tiny().tokenizer.encode(text)
+    assert out.token_ids == ids[: len(out.token_ids)]
+    assert tiny().tokenizer.decode(out.token_ids).startswith("first line\nsecond")
+    assert len(out.token_ids) < len(ids)
+
+
+def test_text_that_only_begins_a_stop_string_stays(script):
+    (out,) = script("a line\nsec").generate("x", dataclasses.replace(GREEDY, stop="\nsecond"))
+    assert (out.text, out.finish_reason) == ("a line\nsec", "length")
+
+
+def test_a_stopped_row_leaves_the_others_alone(script):
+    lm = script("one STOP more", "two and some more words")
+    outs = lm.generate(["x", "y"], dataclasses.replace(GREEDY, stop="STOP"))
+    assert [o.text for o in outs] == ["one ", "two and some more words"]
+    assert [o.finish_reason for o in outs] == ["stop", "length"]
+
+
+def test_an_eos_token_is_reported_but_not_part_of_the_text(script):
     lm = tiny()
-    rendered = lm.tokenizer.decode(lm.encode(CHAT))
-    assert rendered == (
-        "<|im_start|>user\ndef add(a, b):<|im_end|><|im_start|>assistant\n"
-    )  # no line feed after <|im_end|> (MODEL_SPEC 6)
-    (alone,) = lm.generate(CHAT, SHORT)
-    (listed,) = lm.generate([CHAT], SHORT)
-    assert alone.token_ids == listed.token_ids
+    for eos in lm.eos_ids:
+        ids = [*lm.tokenizer.encode("done"), eos, *lm.tokenizer.encode("more")]
+        (out,) = script(ids).generate("x", GREEDY)
+        assert (out.text, out.finish_reason, out.token_ids[-1]) == ("done", "stop", eos)
+        (out,) = script(ids).generate("x", dataclasses.replace(GREEDY, ignore_eos=True))
+        assert (out.text, out.finish_reason) == ("donemore", "length")
 
 
-def test_results_come_in_order_whatever_the_batch_size():
-    lm = tiny()
-    prompts = [CODE, "class A:\n", "x = [", "try:\n", "def f(self, other):\n"]
-    params = [
-        mj.SamplingParams(temperature=0.8, seed=i, max_tokens=5 + i) for i in range(len(prompts))
-    ]
-    together = lm.generate(prompts, params)
-    assert [len(o.token_ids) for o in together] == [5, 6, 7, 8, 9]
-    in_twos = lm.generate(prompts, params, batch_size=2)
-    assert [o.token_ids for o in in_twos] == [o.token_ids for o in together]
-    assert [o.prompt_token_ids for o in together] == [lm.encode(p) for p in prompts]
+def test_streamed_text_has_no_half_characters(script):
+    text = "naïve 数字 🎉 “x” done"
+    ids = tiny().tokenizer.encode(text)
+    assert any(REPLACEMENT in tiny().tokenizer.decode(ids[:i]) for i in range(len(ids)))
+    params = dataclasses.replace(GREEDY, max_tokens=1000)
+    pieces = list(script(text).stream("x", params))
+    assert "".join(pieces) == text
+    assert len(pieces) > 3
+    assert not any(REPLACEMENT in piece for piece in pieces)
+    # One that is never completed is shown as such, at the end.
+    cut = next(i for i in range(1, len(ids)) if tiny().tokenizer.decode(ids[:i])[-1] == REPLACEMENT)
+    pieces = list(script(ids[:cut]).stream("x", params))
+    assert pieces[-1].endswith(REPLACEMENT)
+    assert not any(REPLACEMENT in piece for piece in pieces[:-1])
 
 
-def test_completions_of_one_prompt_differ_and_the_first_is_that_of_n_1():
-    lm = tiny()
-    params = mj.SamplingParams(temperature=1.0, seed=11, max_tokens=20, n=3)
-    (three,) = lm.generate(CODE, params)
-    other = mj.SamplingParams(temperature=1.0, seed=2, max_tokens=20)
-    one = mj.SamplingParams(temperature=1.0, seed=11, max_tokens=20)
-    *_, same = lm.generate(["x = 1", "import re\n", CODE], [other, other, one])
-    assert three.completions[0].token_ids == same.token_ids
-    assert len({tuple(c.token_ids) for c in three.completions}) == 3
-    assert three.text == three.completions[0].text
-    assert three.metrics.generated_tokens == 60
+def test_a_stream_never_shows_the_beginning_of_a_stop_string(script):
+    lm = script("some words, then the END of it")
+    stream = lm.stream("x", dataclasses.replace(GREEDY, stop=" the END"))
+    assert "".join(stream) == "some words, then"
+    assert stream.output.finish_reason == "stop"
 
 
-def test_without_a_seed_runs_differ_and_without_parameters_they_are_greedy():
-    lm = tiny()
-    free = mj.SamplingParams(temperature=1.5, max_tokens=20)
-    assert lm.generate(CODE, free)[0].token_ids != lm.generate(CODE, free)[0].token_ids
-    greedy = lm.generate(CODE, mj.SamplingParams(temperature=0.0, max_tokens=20))[0]
-    assert lm.generate(CODE)[0].token_ids[:20] == greedy.token_ids
-
-
-def test_a_stop_string_ends_and_cuts_the_text():
-    lm = tiny()
-    full = lm.generate(CODE, SHORT)[0]
-    assert full.finish_reason == "length"
-    stop = full.text[len(full.text) // 2 :][:4]
-    params = mj.SamplingParams(temperature=0.8, seed=3, max_tokens=20, stop=stop)
-    cut = lm.generate(CODE, params)[0]
-    assert cut.finish_reason == "stop"
-    assert cut.text == full.text[: full.text.index(stop)]
-    assert cut.token_ids == full.token_ids[: len(cut.token_ids)]
-    assert len(cut.token_ids) < len(full.token_ids)
-    assert "".join(lm.stream(CODE, params)) == cut.text
-
-
-def test_an_eos_token_ends_a_completion_unless_ignored(monkeypatch):
-    lm = tiny()
-    full = lm.generate(CODE, SHORT)[0].token_ids
-    eos = next(t for t in full[1:] if t != full[0])
-    first = full.index(eos)
-    other = api.LanguageModel(lm.loaded)
-    other.eos_ids = (eos,)
-    other.decoder = api.Decoder(lm.model, valid_vocabulary=4080, eos_ids=(eos,))
-    ended = other.generate(CODE, SHORT)[0]
-    assert ended.finish_reason == "stop"
-    assert ended.token_ids == full[: first + 1]
-    ignoring = mj.SamplingParams(temperature=0.8, seed=3, max_tokens=20, ignore_eos=True)
-    assert other.generate(CODE, ignoring)[0].token_ids == full
-
-
-def test_a_stream_gives_the_text_of_generate_in_pieces():
-    lm = tiny()
-    params = mj.SamplingParams(temperature=0.8, seed=9, max_tokens=40)
-    stream = lm.stream(CODE, params)
+@pytest.mark.parametrize("params", [None, SAMPLED], ids=["default", "sampled"])
+def test_a_stream_is_what_generate_returns(params):
+    lm = exact()
+    if params is None:
+        expected = lm.generate("import os\n\n\ndef ")[0]
+    else:
+        expected = lm.generate(["import os\n\n\ndef "], [params])[0]
+    stream = lm.stream("import os\n\n\ndef ", params)
     pieces = list(stream)
-    whole = lm.generate(CODE, params)[0]
+    assert "".join(pieces) == expected.text == stream.output.text
+    assert all(pieces)
     assert len(pieces) > 1
-    assert "".join(pieces) == whole.text == stream.output.text
-    assert stream.output.token_ids == whole.token_ids
-    with pytest.raises(ValueError, match="n=2"):
-        lm.stream(CODE, mj.SamplingParams(n=2))
+    assert stream.output.completions == expected.completions
+    assert stream.output.metrics.ttft_s > 0
 
 
-def test_log_probabilities_are_those_of_the_full_forward():
-    lm = tiny()
-    params = mj.SamplingParams(temperature=0.8, seed=3, max_tokens=20, logprobs=2)
-    out = lm.generate(CODE, params)[0]
-    assert out.logprobs is not None
-    ids = np.asarray([out.prompt_token_ids + out.token_ids])
-    logits = np.asarray(lm.logits(ids))[0, len(out.prompt_token_ids) - 1 : -1, :4080]
-    expected = np.asarray(jax.nn.log_softmax(logits, axis=-1))
-    for i, entry in enumerate(out.logprobs):
-        assert entry.token_id == out.token_ids[i]
-        # bfloat16 activations: the cached step and the full forward round differently.
-        assert entry.logprob == pytest.approx(expected[i, entry.token_id], abs=0.7)
-        assert len(entry.top) == 2
-        assert max(entry.top.values()) == pytest.approx(expected[i].max(), abs=0.7)
+def test_a_streams_output_can_be_read_before_its_end(script):
+    stream = script("some words that come one by one").stream("x", GREEDY)
+    first = next(iter(stream))
+    assert first
+    assert stream.output.text == first
+    assert 0 < len(stream.output.token_ids) <= 3
 
 
-def test_metrics_count_tokens_and_seconds():
-    out = tiny().generate(CODE, SHORT)[0]
-    assert out.metrics.prompt_tokens == len(out.prompt_token_ids)
-    assert out.metrics.generated_tokens == len(out.token_ids) == 20
-    assert out.metrics.ttft_s > 0
-    assert out.metrics.tpot_s > 0
-    assert out.metrics.acceptance_lengths == ()
+def test_a_stop_string_in_text_that_the_model_writes():
+    lm = exact()
+    full = lm.generate("import os\n\n\ndef ", SAMPLED)[0]
+    stop = full.text[len(full.text) // 2 :][:4]
+    params = dataclasses.replace(SAMPLED, stop=stop)
+    (cut,) = lm.generate("import os\n\n\ndef ", params)
+    assert (cut.text, cut.finish_reason) == (full.text[: full.text.index(stop)], "stop")
+    assert cut.token_ids == full.token_ids[: len(cut.token_ids)]
+    assert "".join(lm.stream("import os\n\n\ndef ", params)) == cut.text
 
 
-def test_logits_do_not_depend_on_the_padding_to_a_bucket():
-    lm = tiny()
-    ids = np.asarray([lm.encode(CODE) * 4])
-    assert 32 < ids.shape[1] < 64
-    short = np.asarray(lm.logits(ids[:, :32]))
-    long = np.asarray(lm.logits(ids))
-    assert long.shape == (1, ids.shape[1], 4096)
-    assert long.dtype == np.float32
-    assert np.abs(short - long[:, :32]).mean() < 0.05 * np.abs(long).mean()
+def test_kinds_of_prompts(script):
+    lm = script("a")
+    text, messages = "def f(x):", [{"role": "user", "content": "Hello"}]
+    ids = lm.tokenizer.encode(text)
+    chat = lm.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    # No line feed after <|im_end|> (MODEL_SPEC 6).
+    assert chat == "<|im_start|>user\nHello<|im_end|><|im_start|>assistant\n"
+    wanted = [ids, ids, ids, lm.tokenizer.encode(chat, add_special_tokens=False)]
+    kinds = [text, ids, np.asarray(ids), messages]
+    for prompt, expected in zip(kinds, wanted, strict=True):
+        (out,) = lm.generate(prompt, GREEDY)
+        assert out.prompt_token_ids == expected
+    assert lm.decoder.prompts == wanted
+    outs = script("a", "a", "a", "a").generate(kinds, GREEDY)
+    assert [o.prompt_token_ids for o in outs] == wanted
+    outs = script("a", "a").generate([messages, text], GREEDY)
+    assert [o.prompt_token_ids for o in outs] == [wanted[3], ids]
+
+
+# Errors
+
+
+@pytest.mark.parametrize("prompt", ["", [[]], [""], [[1], []]])
+def test_empty_prompts(prompt):
+    with pytest.raises(ValueError, match="empty"):
+        tiny().generate(prompt)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ([[1.5, 2.5]], "1.5"),
+        ([[1, "x"]], "'x'"),
+        ([[{"role": "user"}]], "content"),
+        ([[{"content": "x"}]], "role"),
+        ([[4095]], "4095"),
+        ([[-1]], "-1"),
+    ],
+)
+def test_malformed_prompts(prompt, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        tiny().generate(prompt)
+
+
+def test_prompts_without_a_tokenizer(small):
+    for prompt in ("text", [{"role": "user", "content": "x"}]):
+        with pytest.raises(ValueError, match="no tokenizer"):
+            small.generate(prompt)
+    assert small.generate(PROMPTS[0], GREEDY)[0].text == ""
+    with pytest.raises(ValueError, match=r"0\.\.63, found 1\.\.64"):
+        small.generate([1, 64])
+
+
+def test_prompts_that_do_not_fit(small):
+    with pytest.raises(ValueError, match=r"512 tokens.*max_position_embeddings of 512"):
+        small.generate([1] * 512)
+    with pytest.raises(ValueError, match=r"12 tokens.*max_len of 12"):
+        small.generate([1] * 12, max_len=12)
+    with pytest.raises(ValueError, match=r"512 tokens.*max_position_embeddings of 512"):
+        list(small.stream([1] * 512))
+
+
+def test_as_many_parameters_as_prompts(small):
+    with pytest.raises(ValueError, match="3 prompts but 2 SamplingParams"):
+        small.generate(PROMPTS, [GREEDY, GREEDY])
+    with pytest.raises(ValueError, match="n=2; use generate"):
+        small.stream(PROMPTS[0], dataclasses.replace(GREEDY, n=2))
+
+
+@pytest.mark.parametrize("batch_size", [0, -1])
+def test_batch_sizes(small, batch_size):
+    with pytest.raises(ValueError, match="batch_size"):
+        small.generate(PROMPTS, GREEDY, batch_size=batch_size)
+
+
+def test_no_prompts(small):
+    assert small.generate([]) == []
 
 
 @pytest.mark.parametrize(
     ("ids", "message"),
     [
         ([1, 2], r"\[B, T\]"),
-        ([[1.0, 2.0]], "integers"),
-        ([[1, 5000]], "4095"),
-        ([[1] * 5000], "4096 positions"),
+        ([[1.0]], "float64"),
+        (np.zeros((1, 0), int), r"\(1, 0\)"),
+        ([[0, 64]], r"0\.\.63.*0\.\.64"),
+        ([[-1, 3]], r"-1\.\.3"),
+        (np.zeros((1, 513), int), "513 tokens.*512 positions"),
     ],
 )
-def test_logits_refuses(ids, message):
+def test_bad_ids_for_logits(small, ids, message):
     with pytest.raises(ValueError, match=message):
-        tiny().logits(np.asarray(ids))
+        small.logits(ids)
 
 
-@pytest.mark.parametrize(
-    ("prompt", "options", "message"),
-    [
-        ("", {}, "empty"),
-        ([[1] * 5000], {}, "max_position_embeddings of 4096"),
-        ([[1] * 50], {"max_len": 40}, "max_len of 40"),
-        ([{"role": "user"}], {}, "content"),
-        ([CODE, CODE], {"params": [SHORT]}, "2 prompts but 1"),
-        ([[1, -3]], {}, "-3"),
-    ],
-)
-def test_generate_refuses(prompt, options, message):
-    with pytest.raises(ValueError, match=message):
-        tiny().generate(prompt, **options)
+def test_logits_are_float32_of_every_position(small):
+    logits = small.logits([PROMPTS[0], [7, 7, 7]])
+    assert (logits.shape, logits.dtype) == ((2, 3, 64), np.float32)
+    model = small.model
+    expected, _ = golden.step(model, np.asarray([PROMPTS[0]]), np.arange(3)[None], None)
+    np.testing.assert_allclose(logits[0], expected[0], atol=1e-4)
 
 
-def test_an_unknown_name_names_its_neighbours():
+def test_unknown_models():
     with pytest.raises(FileNotFoundError, match="mimo-tiny"):
         mj.load("mimo-tinny")
 
 
-def test_saving_gives_back_every_byte(tmp_path):
+# Saving
+
+
+def safetensors(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in folder.glob("*.safetensors")}
+
+
+def test_a_saved_model_has_the_same_bytes_and_generates_the_same(tmp_path):
     lm = tiny()
-    mj.save_pretrained(lm, tmp_path)
-    source = lm.loaded.folder
-
-    def tensors(folder: Path) -> dict[str, bytes]:
-        found = {}
-        for file in folder.glob("*.safetensors"):
-            raw = file.read_bytes()
-            start = 8 + int.from_bytes(raw[:8], "little")
-            for name, entry in json.loads(raw[8:start]).items():
-                if name != "__metadata__":
-                    begin, end = entry["data_offsets"]
-                    shape = repr((entry["dtype"], entry["shape"])).encode()
-                    found[name] = shape + raw[start + begin : start + end]
-        return found
-
-    assert tensors(tmp_path) == tensors(source)
-    again = mj.load(tmp_path)
+    api.save_pretrained(lm, tmp_path)
+    before, after = safetensors(lm.loaded.folder), safetensors(tmp_path)
+    assert contents(before) == contents(after)
+    assert len(contents(before)) > 1000
+    for name in ("tokenizer.json", "generation_config.json", "chat_template.jinja"):
+        assert (tmp_path / name).read_bytes() == (lm.loaded.folder / name).read_bytes()
+    again = LanguageModel(checkpoint.load(tmp_path))
     assert again.config == lm.config
-    assert again.generate(CODE, SHORT)[0].token_ids == lm.generate(CODE, SHORT)[0].token_ids
+    assert again.loaded.layout == lm.loaded.layout
+    assert again.eos_ids == lm.eos_ids
+    prompt = "import os\n\n\ndef "
+    assert (
+        again.generate(prompt, GREEDY)[0].completions == lm.generate(prompt, GREEDY)[0].completions
+    )
 
 
-def test_the_compilation_cache_can_be_moved_and_disabled(tmp_path, monkeypatch, capsys):
-    before = jax.config.jax_compilation_cache_dir
-    try:
-        jax.config.update("jax_compilation_cache_dir", None)
-        monkeypatch.setenv("MIMO_JAX_COMPILATION_CACHE", "off")
-        assert api.enable_compilation_cache() is None
-        assert jax.config.jax_compilation_cache_dir is None
-        monkeypatch.setenv("MIMO_JAX_COMPILATION_CACHE", str(tmp_path / "cache"))
-        assert api.enable_compilation_cache() == tmp_path / "cache"
-        assert api.enable_compilation_cache() is None
-        assert capsys.readouterr().err.count(str(tmp_path / "cache")) == 1
-        assert (tmp_path / "cache").is_dir()
-    finally:
-        jax.config.update("jax_compilation_cache_dir", before)
+def contents(files: dict[str, bytes]) -> dict[str, tuple[Any, ...]]:
+    """dtype, shape and bytes of every tensor by name, whatever file it is in."""
+    tensors = {}
+    for data in files.values():
+        length = int.from_bytes(data[:8], "little")
+        header = json.loads(data[8 : 8 + length])
+        header.pop("__metadata__", None)
+        for name, entry in header.items():
+            begin, end = (8 + length + offset for offset in entry["data_offsets"])
+            assert name not in tensors
+            tensors[name] = (entry["dtype"], entry["shape"], data[begin:end])
+    return tensors
+
+
+def test_saving_over_the_folder_it_came_from(tmp_path):
+    lm = tiny()
+    api.save_pretrained(lm, tmp_path)
+    again = LanguageModel(checkpoint.load(tmp_path))
+    before = contents(safetensors(tmp_path))
+    api.save_pretrained(again, tmp_path)
+    assert contents(safetensors(tmp_path)) == before
+    assert checkpoint.load(tmp_path).config == again.config
+
+
+# The compilation cache
+
+
+@pytest.fixture
+def no_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """No cache configured, by jax or by the environment; jax's configuration is put back after."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    jax.config.update("jax_compilation_cache_dir", None)
+    monkeypatch.delenv("MIMO_JAX_COMPILATION_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+@pytest.mark.usefixtures("no_cache")
+def test_the_compilation_cache_is_on_and_says_where_once(tmp_path, capsys):
+    folder = tmp_path / "xdg" / "mimo-jax" / "xla"
+    assert api.enable_compilation_cache() == folder
+    assert folder.is_dir()
+    assert jax.config.jax_compilation_cache_dir == str(folder)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert str(folder) in captured.err
+    assert api.enable_compilation_cache() is None
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.usefixtures("no_cache")
+def test_the_compilation_cache_can_be_moved(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("MIMO_JAX_COMPILATION_CACHE", str(tmp_path / "elsewhere"))
+    assert api.enable_compilation_cache() == tmp_path / "elsewhere"
+    assert jax.config.jax_compilation_cache_dir == str(tmp_path / "elsewhere")
+    assert str(tmp_path / "elsewhere") in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("no_cache")
+def test_the_compilation_cache_can_be_turned_off(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("MIMO_JAX_COMPILATION_CACHE", "off")
+    assert api.enable_compilation_cache() is None
+    assert jax.config.jax_compilation_cache_dir is None
+    assert capsys.readouterr().err == ""
+    assert not (tmp_path / "xdg").exists()
+
+
+@pytest.mark.usefixtures("no_cache")
+def test_a_cache_that_cannot_be_written_is_no_error(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MIMO_JAX_COMPILATION_CACHE", str(tmp_path / "file" / "cache"))
+    assert api.enable_compilation_cache() is None
+    assert "no XLA compilation cache" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("no_cache")
+def test_jaxs_own_setting_is_respected(tmp_path, capsys):
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "mine"))
+    assert api.enable_compilation_cache() is None
+    assert jax.config.jax_compilation_cache_dir == str(tmp_path / "mine")
+    assert capsys.readouterr().err == ""

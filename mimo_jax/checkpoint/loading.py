@@ -86,7 +86,7 @@ def load(
     """
     folder = Path(folder)
     if dtype is not None:
-        dtype = jnp.dtype(dtype).name
+        dtype = dtype if isinstance(dtype, str) else jnp.dtype(dtype).name
         if dtype not in MODEL_DTYPES:
             raise ValueError(f"dtype={dtype} is not one of {', '.join(MODEL_DTYPES)}")
     if not folder.is_dir():

@@ -290,6 +290,7 @@ def test_a_decoding_dispatch_does_not_copy_the_cache():
     arguments = decode_arguments(use, 1 << 14)
     compiled = use._decode.lower(*arguments, steps=STEPS, top_logprobs=None).compile()
     memory = compiled.memory_analysis()
+    assert memory is not None
     cache_bytes = sum(a.nbytes for a in jax.tree.leaves(arguments[1].cache))
     assert memory.alias_size_in_bytes >= cache_bytes
     assert memory.temp_size_in_bytes < cache_bytes / 2
