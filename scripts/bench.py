@@ -53,12 +53,14 @@ class Run:
     """One timed generation.
 
     Attributes:
-      ms_per_token: of a step, which gives each row of the batch a token.
+      ms_per_token: of a step, which gives each row of the batch a token; the first is not counted.
+      first_ms: from the call to the first token: the prompt, and weights expanded for the run.
       cores: processor time over wall time.
       tokens: what was generated, a list a row.
     """
 
     ms_per_token: float
+    first_ms: float
     cores: float
     tokens: list[list[int]]
 
@@ -81,7 +83,8 @@ def jax_engine(lm: mj.LanguageModel, weights: str) -> Engine:
         wall, cpu = time.perf_counter(), time.process_time()
         outs = lm.generate(prompts, params, batch_size=len(prompts))
         cores = (time.process_time() - cpu) / (time.perf_counter() - wall)
-        return Run(1000 * outs[0].metrics.tpot_s, cores, [out.token_ids for out in outs])
+        metrics, tokens = outs[0].metrics, [out.token_ids for out in outs]
+        return Run(1000 * metrics.tpot_s, 1000 * metrics.ttft_s, cores, tokens)
 
     run(some_prompts(lm, 1, 8), 2)  # XLA makes its threads when it is first needed
     return Engine("mimo-jax", weights, xla_threads(), run)
@@ -91,8 +94,7 @@ def torch_engine(other: Transformers, dtype: str, threads: int) -> Engine:
     """transformers' `generate` with this many threads."""
 
     def run(prompts: list[list[int]], n: int) -> Run:
-        reply = other.generate(dtype, threads, prompts, n)
-        return Run(reply["ms_per_token"], reply["cores"], reply["tokens"])
+        return Run(**other.generate(dtype, threads, prompts, n))
 
     return Engine("transformers", "dense", threads, run)
 
@@ -206,6 +208,7 @@ def summary(engine: Engine, turns: Sequence[Run], reference: list[list[int]]) ->
         "threads": engine.threads,
         "cores_busy": round(statistics.median(run.cores for run in turns), 2),
         "ms_per_token": round(statistics.median(times), 4),
+        "first_ms": round(statistics.median(run.first_ms for run in turns), 1),
         "ms_per_token_each": [round(t, 4) for t in times],
         "same_tokens": sum(agreed),
         "tokens": len(agreed) * len(reference[0]),
@@ -263,32 +266,35 @@ def show(result: dict[str, Any]) -> None:
     table = Table(title=f"{result['benchmark']}: {result['arguments']['model']}, {result['cpu']}")
     for column in ("dtype", "batch", "engine"):
         table.add_column(column)
-    for column in ("ms/token", "best", "tokens/s", "cores", "same", "speed-up"):
+    for column in ("ms/token", "best", "first", "tokens/s", "cores", "same", "speed-up"):
         table.add_column(column, justify="right")
     for run in result["runs"]:
         ours = run["engine"] == "mimo-jax"
         table.add_row(
             run["dtype"],
             str(run["batch"]),
-            f"{run['engine']}, {run['weights'] if ours else str(run['threads']) + ' threads'}",
+            f"{run['engine']} {run['weights'] if ours else str(run['threads']) + ' threads'}",
             f"{run['ms_per_token']:.2f}",
             f"{min(run['ms_per_token_each']):.2f}",
+            f"{run['first_ms']:.0f}",
             f"{1000 * run['batch'] / run['ms_per_token']:.0f}",
             f"{run['cores_busy']:.1f}",
             f"{100 * run['same_tokens'] / run['tokens']:.0f}%",
-            " / ".join(map(str, run.get("speed_up_over_threads", {}).values())),
+            " / ".join(f"{x:.3g}" for x in run.get("speed_up_over_threads", {}).values()),
         )
-    console = Console(width=100)
+    console = Console(width=120)
     console.print(table)
     other = result["transformers"] or {}
     console.print(
         "ms/token: median of runs that took turns (tokens/s counts the whole batch); best: their "
-        "minimum; same: tokens before the first that differs from the first row's; speed-up: over "
-        "transformers' rows, in order."
+        "minimum; first: ms to the first token; cores: processor time over wall time; same: tokens "
+        "before the first that differs from the first row's; speed-up: over transformers' rows, "
+        "in order."
     )
+    other = {k: v for k, v in (result["transformers"] or {}).items() if k != "default_threads"}
     console.print(
         f"mimo-jax has {result['runs'][0]['threads']} threads; "
-        f"{', '.join(f'{k} {v}' for k, v in {**result['versions'], **other}.items())}. Load "
+        f"{', '.join(f'{k} {v}' for k, v in {**result['versions'], **other}.items())}.  Load "
         f"average {result['load_average_before'][0]:.1f} before, "
         f"{result['load_average_after'][0]:.1f} after."
     )

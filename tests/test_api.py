@@ -1,50 +1,33 @@
 """The public calls: `load`, `logits`, `generate`, `stream`, `save_pretrained`.
 
-Text is tested on mimo-tiny, requests on a small random model without a tokenizer, and what becomes
-of given tokens on mimo-tiny with a decoder that produces those.
+On mimo-tiny, and on a small random model without a tokenizer.  test_api_text.py has what becomes of
+the generated tokens.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import golden
 import jax
 import numpy as np
 import pytest
-from tiny import tiny
+from tiny import exact, language_model, tiny
 
 import mimo_jax as mj
 from mimo_jax import api, checkpoint
 from mimo_jax.api import LanguageModel
-from mimo_jax.decoding.autoregressive import Block
 from mimo_jax.decoding.sampling import SamplingParams
 from mimo_jax.model.attention import QUERY_BLOCK
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=20)
 SAMPLED = SamplingParams(temperature=1.0, max_tokens=20, seed=7)
-REPLACEMENT = "\ufffd"
 PROMPTS = ([3, 1, 4], [1, 5, 9, 2, 6], [5])
-
-
-def language_model(loaded: checkpoint.Loaded) -> LanguageModel:
-    """A model that is compiled without LLVM's optimiser, in half the time."""
-    quick = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-    with mock.patch.object(jax, "jit", quick):
-        return LanguageModel(loaded)
-
-
-@functools.cache
-def exact() -> LanguageModel:
-    """mimo-tiny in float32, where rounding decides nothing."""
-    return language_model(checkpoint.load(checkpoint.resolve("mimo-tiny"), dtype="float32"))
 
 
 def small_model(folder: Path, eos: list[int] | None = None) -> LanguageModel:
@@ -59,37 +42,6 @@ def small_model(folder: Path, eos: list[int] | None = None) -> LanguageModel:
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
     return small_model(tmp_path_factory.mktemp("small"))
-
-
-class Scripted:
-    """A decoder whose rows produce given tokens, three at a time, until they end."""
-
-    def __init__(self, *rows: list[int]):
-        self.rows, self.prompts = rows, []
-
-    def blocks(self, prompts: Any, params: Any, seeds: Any, *, max_len: Any, stopped: Any) -> Any:
-        self.prompts += prompts
-        for begin in range(0, max(map(len, self.rows)), 3):
-            tokens = np.full((len(prompts), 3), -1, np.int32)
-            for i, row in enumerate(self.rows):
-                part = [] if i in stopped else row[begin : begin + 3]
-                tokens[i, : len(part)] = part
-            if (tokens == -1).all():
-                return
-            yield Block(tokens, None)
-
-
-@pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch) -> Callable[..., LanguageModel]:
-    """Makes mimo-tiny produce given texts or tokens."""
-
-    def use(*rows: str | list[int]) -> LanguageModel:
-        lm = tiny()
-        tokens = [lm.tokenizer.encode(r) if isinstance(r, str) else r for r in rows]
-        monkeypatch.setattr(lm, "decoder", Scripted(*tokens))
-        return lm
-
-    return use
 
 
 # Generation
@@ -221,119 +173,6 @@ def test_metrics(small):
     assert first.metrics.tpot_s == 0 < second.metrics.tpot_s
     assert min(first.metrics.ttft_s, second.metrics.ttft_s) > 0
     assert second.metrics.acceptance_lengths == ()
-
-
-# Text
-
-
-def test_a_stop_string_cuts_the_text(script):
-    text = "first line\nsecond line\nthird"
-    params = dataclasses.replace(GREEDY, stop=["\nsecond", "third"])
-    (out,) = script(text).generate("x", params)
-    assert (out.text, out.finish_reason) == ("first line", "stop")
-    ids = tiny().tokenizer.encode(text)
-    assert out.token_ids == ids[: len(out.token_ids)]
-    assert tiny().tokenizer.decode(out.token_ids).startswith("first line\nsecond")
-    assert len(out.token_ids) < len(ids)
-
-
-def test_text_that_only_begins_a_stop_string_stays(script):
-    (out,) = script("a line\nsec").generate("x", dataclasses.replace(GREEDY, stop="\nsecond"))
-    assert (out.text, out.finish_reason) == ("a line\nsec", "length")
-
-
-def test_a_stopped_row_leaves_the_others_alone(script):
-    lm = script("one STOP more", "two and some more words")
-    outs = lm.generate(["x", "y"], dataclasses.replace(GREEDY, stop="STOP"))
-    assert [o.text for o in outs] == ["one ", "two and some more words"]
-    assert [o.finish_reason for o in outs] == ["stop", "length"]
-
-
-def test_an_eos_token_is_reported_but_not_part_of_the_text(script):
-    lm = tiny()
-    for eos in lm.eos_ids:
-        ids = [*lm.tokenizer.encode("done"), eos, *lm.tokenizer.encode("more")]
-        (out,) = script(ids).generate("x", GREEDY)
-        assert (out.text, out.finish_reason, out.token_ids[-1]) == ("done", "stop", eos)
-        (out,) = script(ids).generate("x", dataclasses.replace(GREEDY, ignore_eos=True))
-        assert (out.text, out.finish_reason) == ("donemore", "length")
-
-
-def test_streamed_text_has_no_half_characters(script):
-    text = "naïve 数字 🎉 “x” done"
-    ids = tiny().tokenizer.encode(text)
-    assert any(REPLACEMENT in tiny().tokenizer.decode(ids[:i]) for i in range(len(ids)))
-    params = dataclasses.replace(GREEDY, max_tokens=1000)
-    pieces = list(script(text).stream("x", params))
-    assert "".join(pieces) == text
-    assert len(pieces) > 3
-    assert not any(REPLACEMENT in piece for piece in pieces)
-    # One that is never completed is shown as such, at the end.
-    cut = next(i for i in range(1, len(ids)) if tiny().tokenizer.decode(ids[:i])[-1] == REPLACEMENT)
-    pieces = list(script(ids[:cut]).stream("x", params))
-    assert pieces[-1].endswith(REPLACEMENT)
-    assert not any(REPLACEMENT in piece for piece in pieces[:-1])
-
-
-def test_a_stream_never_shows_the_beginning_of_a_stop_string(script):
-    lm = script("some words, then the END of it")
-    stream = lm.stream("x", dataclasses.replace(GREEDY, stop=" the END"))
-    assert "".join(stream) == "some words, then"
-    assert stream.output.finish_reason == "stop"
-
-
-@pytest.mark.parametrize("params", [None, SAMPLED], ids=["default", "sampled"])
-def test_a_stream_is_what_generate_returns(params):
-    lm = exact()
-    if params is None:
-        expected = lm.generate("import os\n\n\ndef ")[0]
-    else:
-        expected = lm.generate(["import os\n\n\ndef "], [params])[0]
-    stream = lm.stream("import os\n\n\ndef ", params)
-    pieces = list(stream)
-    assert "".join(pieces) == expected.text == stream.output.text
-    assert all(pieces)
-    assert len(pieces) > 1
-    assert stream.output.completions == expected.completions
-    assert stream.output.metrics.ttft_s > 0
-
-
-def test_a_streams_output_can_be_read_before_its_end(script):
-    stream = script("some words that come one by one").stream("x", GREEDY)
-    first = next(iter(stream))
-    assert first
-    assert stream.output.text == first
-    assert 0 < len(stream.output.token_ids) <= 3
-
-
-def test_a_stop_string_in_text_that_the_model_writes():
-    lm = exact()
-    full = lm.generate("import os\n\n\ndef ", SAMPLED)[0]
-    stop = full.text[len(full.text) // 2 :][:4]
-    params = dataclasses.replace(SAMPLED, stop=stop)
-    (cut,) = lm.generate("import os\n\n\ndef ", params)
-    assert (cut.text, cut.finish_reason) == (full.text[: full.text.index(stop)], "stop")
-    assert cut.token_ids == full.token_ids[: len(cut.token_ids)]
-    assert "".join(lm.stream("import os\n\n\ndef ", params)) == cut.text
-
-
-def test_kinds_of_prompts(script):
-    lm = script("a")
-    text, messages = "def f(x):", [{"role": "user", "content": "Hello"}]
-    ids = lm.tokenizer.encode(text)
-    chat = lm.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    # No line feed after <|im_end|> (MODEL_SPEC 6).
-    assert chat == "<|im_start|>user\nHello<|im_end|><|im_start|>assistant\n"
-    wanted = [ids, ids, ids, lm.tokenizer.encode(chat, add_special_tokens=False)]
-    kinds = [text, ids, np.asarray(ids), messages]
-    for prompt, expected in zip(kinds, wanted, strict=True):
-        (out,) = lm.generate(prompt, GREEDY)
-        assert out.prompt_token_ids == expected
-    assert lm.decoder.prompts == wanted
-    outs = script("a", "a", "a", "a").generate(kinds, GREEDY)
-    assert [o.prompt_token_ids for o in outs] == wanted
-    outs = script("a", "a").generate([messages, text], GREEDY)
-    assert [o.prompt_token_ids for o in outs] == [wanted[3], ids]
 
 
 # Errors
