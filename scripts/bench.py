@@ -269,11 +269,12 @@ def show(result: dict[str, Any]) -> None:
     for column in ("ms/token", "best", "first", "tokens/s", "cores", "same", "speed-up"):
         table.add_column(column, justify="right")
     for run in result["runs"]:
-        ours = run["engine"] == "mimo-jax"
+        threads = f"{run['threads']} thread{'s' * (run['threads'] > 1)}"
+        kind = run["weights"] if run["engine"] == "mimo-jax" else threads
         table.add_row(
             run["dtype"],
             str(run["batch"]),
-            f"{run['engine']} {run['weights'] if ours else str(run['threads']) + ' threads'}",
+            f"{run['engine']} {kind}",
             f"{run['ms_per_token']:.2f}",
             f"{min(run['ms_per_token_each']):.2f}",
             f"{run['first_ms']:.0f}",
@@ -284,20 +285,20 @@ def show(result: dict[str, Any]) -> None:
         )
     console = Console(width=120)
     console.print(table)
-    other = result["transformers"] or {}
     console.print(
         "ms/token: median of runs that took turns (tokens/s counts the whole batch); best: their "
         "minimum; first: ms to the first token; cores: processor time over wall time; same: tokens "
         "before the first that differs from the first row's; speed-up: over transformers' rows, "
         "in order."
     )
-    other = {k: v for k, v in (result["transformers"] or {}).items() if k != "default_threads"}
-    console.print(
-        f"mimo-jax has {result['runs'][0]['threads']} threads; "
-        f"{', '.join(f'{k} {v}' for k, v in {**result['versions'], **other}.items())}.  Load "
-        f"average {result['load_average_before'][0]:.1f} before, "
-        f"{result['load_average_after'][0]:.1f} after."
-    )
+    sides = {
+        "mimo-jax": {"threads": result["runs"][0]["threads"], **result["versions"]},
+        "transformers": result["transformers"] or {"not": "run"},
+    }
+    for side, facts in sides.items():
+        console.print(f"{side}: {', '.join(f'{k} {v}' for k, v in facts.items())}.")
+    before, after = result["load_average_before"][0], result["load_average_after"][0]
+    console.print(f"Load average {before:.1f} before, {after:.1f} after.")
 
 
 def main() -> None:
