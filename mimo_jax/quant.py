@@ -19,6 +19,8 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
+from sharding.types import entries, sharding
+
 FP8_BLOCK = 128
 MXFP4_BLOCK = 32
 FP8_MAX = 448.0
@@ -66,6 +68,12 @@ class MXFP4Array:
 
 QuantizedArray = FP8Array | MXFP4Array
 
+# Rows and columns of the weights that an element stands for: of the codes, and of the scales.
+BLOCKS: dict[type, tuple[tuple[int, int], tuple[int, int]]] = {
+    FP8Array: ((1, 1), (FP8_BLOCK, FP8_BLOCK)),
+    MXFP4Array: ((1, 2), (1, MXFP4_BLOCK)),
+}
+
 
 def dequantize(w: Any, dtype: Any) -> Array:
     """Dense weights in `dtype` from a plain, FP8 or MXFP4 array.
@@ -83,8 +91,9 @@ def dequantize(w: Any, dtype: Any) -> Array:
 
 def _dequantize_fp8(codes: Array, scales: Float[Array, "*s rb cb"]) -> Array:
     rows, cols = codes.shape[-2:]
-    per_row = jnp.repeat(scales, FP8_BLOCK, axis=-2)[..., :rows, :]
-    per_element = jnp.repeat(per_row, FP8_BLOCK, axis=-1)[..., :cols]
+    placed = sharding(scales, *entries(scales))
+    per_row = jnp.repeat(scales, FP8_BLOCK, axis=-2, out_sharding=placed)[..., :rows, :]
+    per_element = jnp.repeat(per_row, FP8_BLOCK, axis=-1, out_sharding=placed)[..., :cols]
     return codes.astype(jnp.float32) * per_element
 
 
@@ -92,12 +101,13 @@ def _dequantize_mxfp4(
     codes: UInt8[Array, "*s R half"], scales: UInt8[Array, "*s R blocks"]
 ) -> Array:
     *lead, rows, half = codes.shape
-    nibbles = jnp.stack([codes & 0xF, codes >> 4], axis=-1)
-    blocks = nibbles.reshape(*lead, rows, 2 * half // MXFP4_BLOCK, MXFP4_BLOCK)
+    by_block = codes.reshape(*lead, rows, 2 * half // MXFP4_BLOCK, MXFP4_BLOCK // 2)
+    nibbles = jnp.stack([by_block & 0xF, by_block >> 4], axis=-1)
     # Byte 0 is 2 ** -127, a denormal that platforms flush to zero: halve and take 2 ** -126.
-    halved = jnp.where(scales == 0, jnp.float32(0.5), jnp.float32(1.0))[..., None]
-    values = _decode_e2m1(blocks) * halved * _decode_e8m0(jnp.maximum(scales, 1))[..., None]
-    return values.reshape(*lead, rows, 2 * half)
+    halved = jnp.where(scales == 0, jnp.float32(0.5), jnp.float32(1.0))
+    scale = halved * _decode_e8m0(jnp.maximum(scales, 1))
+    values = _decode_e2m1(nibbles) * scale[..., None, None]
+    return values.reshape(*lead, rows, 2 * half, out_sharding=sharding(codes, *entries(codes)))
 
 
 def _decode_e2m1(code: UInt8[Array, "*s"]) -> Float[Array, "*s"]:

@@ -117,14 +117,18 @@ def specs_of(config: MiMoConfig) -> dict[str, ParamSpec]:
 
 
 def initial_weights(specs: dict[str, ParamSpec], key: jax.Array) -> Weights:
-    """Float32 master weights; matrices get a standard deviation of 0.5 / sqrt(inputs)."""
+    """Float32 master weights, in the shapes they have in a checkpoint (experts stacked).
+
+    Matrices get a standard deviation of 0.5 / sqrt(inputs).
+    """
     weights = {}
     for i, (name, spec) in enumerate(sorted(specs.items())):
+        shape = spec.stored_shape or spec.shape
         if spec.init == "normal":
-            std = 0.02 if "embed_tokens" in name else 0.5 / math.sqrt(spec.shape[-1])
-            weights[name] = std * jax.random.normal(jax.random.fold_in(key, i), spec.shape)
+            std = 0.02 if "embed_tokens" in name else 0.5 / math.sqrt(shape[-1])
+            weights[name] = std * jax.random.normal(jax.random.fold_in(key, i), shape)
         else:
-            weights[name] = (jnp.ones if spec.init == "ones" else jnp.zeros)(spec.shape)
+            weights[name] = (jnp.ones if spec.init == "ones" else jnp.zeros)(shape)
     return weights
 
 
@@ -154,7 +158,10 @@ def forward(
     `dropout(i, x)` is applied to the embedding (i = 0) and to what each layer adds (i = 1, ...).
     """
     compute = jnp.dtype(config.dtype)
-    model = MiMo(config, lambda spec: weights[spec.name].astype(spec.dtype or compute))
+    model = MiMo(
+        config,
+        lambda spec: weights[spec.name].astype(spec.dtype or compute).reshape(spec.shape),
+    )
     x = dropout(0, model.embed_tokens[...][tokens])
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     loads = []
@@ -181,7 +188,8 @@ def optimizer(
     def muon_axes(params: Any) -> Any:
         matrix = optax.contrib.MuonDimensionNumbers(reduction_axis=-1, output_axis=-2)
         hidden = {
-            name: len(spec.shape) > 1 and not any(k in name for k in ("embed", "lm_head", ".gate."))
+            name: len(spec.stored_shape or spec.shape) > 1
+            and not any(k in name for k in ("embed", "lm_head", ".gate."))
             for name, spec in specs.items()
         }
         return {name: matrix if hidden[name] else None for name in params}
@@ -330,7 +338,12 @@ def train(args: argparse.Namespace) -> None:
     print(json.dumps(results["held_out_bits_per_byte"], indent=2))
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "training.json").write_text(json.dumps(results, indent=2) + "\n")
-    model = MiMo(config, lambda spec: stored[spec.name])
+
+    def make(spec: ParamSpec) -> Any:
+        value = stored[spec.name]  # what has another shape in memory is never quantised
+        return value.reshape(spec.shape) if spec.stored_shape else value
+
+    model = MiMo(config, make)
     layout = checkpoint.release_layout(config)
     loaded = checkpoint.Loaded(config, model, None, None, layout, args.out)
     checkpoint.save(args.out, loaded, max_shard_size=args.shard_bytes)

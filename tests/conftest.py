@@ -2,6 +2,11 @@
 
 import os
 
+# Eight devices on the one CPU, for the tests of sharding; the flag counts when jax first looks.
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+
 import hypothesis
 import jax
 

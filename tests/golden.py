@@ -49,6 +49,8 @@ def make_from(weights: Mapping[str, np.ndarray], dtype: str, used: set[str] | No
             value = np.stack([tensor(spec.name.format(e)) for e in range(spec.shape[0])])
         else:
             value = tensor(spec.name)
+            assert value.shape == spec.tensor_shape, spec.name
+            value = value.reshape(spec.shape)
         assert value.shape == spec.shape, spec.name
         return jnp.asarray(value, spec.dtype or dtype)
 

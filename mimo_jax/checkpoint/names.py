@@ -110,10 +110,10 @@ def weight_shapes(spec: ParamSpec, layout: Layout) -> dict[str, Shape]:
     if "{}" in spec.name:
         if layout.stacked_experts:
             return {stacked_name(spec): stacked_shape(spec)}
-        return {spec.name.format(e): spec.shape[1:] for e in range(spec.shape[0])}
+        return {spec.name.format(e): spec.tensor_shape for e in range(spec.shape[0])}
     if spec.name.endswith(f".{SINK}"):
-        return {spec.name.removesuffix(SINK) + layout.sink_name: spec.shape}
-    return {spec.name: spec.shape}
+        return {spec.name.removesuffix(SINK) + layout.sink_name: spec.tensor_shape}
+    return {spec.name: spec.tensor_shape}
 
 
 def stacked_name(spec: ParamSpec) -> str:

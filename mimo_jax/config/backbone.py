@@ -179,6 +179,24 @@ class MiMoConfig:
         d["sliding_window_size"] = self.sliding_window
         return d
 
+    def truncated(self, layers: int) -> MiMoConfig:
+        """The config of a model that has only the first so many layers.
+
+        Raises:
+          ConfigError: there are not so many.
+        """
+        if not 0 < layers <= self.num_hidden_layers:
+            raise ConfigError(
+                f"{layers} layers were asked for; the model has {self.num_hidden_layers}, give "
+                "a number from 1 to that"
+            )
+        return dataclasses.replace(
+            self,
+            num_hidden_layers=layers,
+            hybrid_layer_pattern=self.hybrid_layer_pattern[:layers],
+            moe_layer_freq=self.moe_layer_freq[:layers],
+        )
+
     @property
     def layers(self) -> tuple[LayerSpec, ...]:
         """One `LayerSpec` a decoder layer."""

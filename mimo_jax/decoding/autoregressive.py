@@ -22,7 +22,10 @@ from mimo_jax.decoding import sampling
 from mimo_jax.decoding.sampling import Logprobs, RowParams, SamplingParams
 from mimo_jax.model.backbone import MiMo
 from mimo_jax.model.cache import KVCache, init_cache
+from mimo_jax.model.placement import Placement
 from mimo_jax.quant import QuantizedArray, dequantize
+from sharding import mesh
+from sharding.types import put, replicated
 
 # Tokens a dispatch: enough to hide the dispatch, few enough for text to stream.
 STEPS = 16
@@ -48,6 +51,11 @@ class DecodeState:
     tokens: Int32[Array, " B"]
     positions: Int32[Array, " B"]
     remaining: Int32[Array, " B"]
+
+
+# What the host looks at after a dispatch, whole on every device (and so in every process): tokens
+# [B, n], log-probabilities [B, n, ...] if asked for, and how many more tokens each row may produce.
+Seen = tuple[Int32[Array, "B n"], Logprobs | None, Int32[Array, " B"]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,11 +84,20 @@ class Decoder:
       model: the backbone.
       valid_vocabulary: ids from here on are never produced (MODEL_SPEC 2.13).
       eos_ids: tokens that end a row, unless its parameters say to ignore them.
+      placement: the mesh the model is on, and its rules; None if it is on one device.
 
     The module is flattened once: flattening a large one at every call costs milliseconds.
     """
 
-    def __init__(self, model: MiMo, *, valid_vocabulary: int, eos_ids: Sequence[int]):
+    def __init__(
+        self,
+        model: MiMo,
+        *,
+        valid_vocabulary: int,
+        eos_ids: Sequence[int],
+        placement: Placement | None = None,
+    ):
+        self.placement = placement
         self.config = model.config
         self.valid_vocabulary = valid_vocabulary
         self.eos_ids = tuple(eos_ids)
@@ -115,42 +132,60 @@ class Decoder:
         Raises:
           ValueError: a prompt is empty, or longer than the model or the cache allows.
         """
+        with mesh.use(self.placement and self.placement.mesh):
+            yield from self._blocks(prompts, params, seeds, max_len, stopped)
+
+    def _blocks(
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: Sequence[SamplingParams],
+        seeds: Sequence[int],
+        max_len: int | None,
+        stopped: set[int] | None,
+    ) -> Iterator[Block]:
         stopped = set() if stopped is None else stopped
         limit = self._check_lengths(prompts, max_len)
         real = len(prompts)
         budget = [min(p.max_tokens, limit - len(t)) for t, p in zip(prompts, params, strict=True)]
         longest = max(len(t) + b for t, b in zip(prompts, budget, strict=True))
         cache_len = bucket(longest, limit, 256) if max_len is None else max_len
-        # Batches are padded to powers of two with rows that never start.
-        rows = bucket(real, 1 << 30, 1)
+        # Batches are padded to powers of two, then to what the mesh divides, with rows that never
+        # start.
+        ways = 1 if self.placement is None else self.placement.batch_ways
+        rows = -(-bucket(real, 1 << 30, 1) // ways) * ways
         empty: list[int] = []
         prompts = [*prompts, *[empty] * (rows - real)]
         params = [*params, *[SamplingParams(temperature=0.0)] * (rows - real)]
-        row_params = sampling.row_params(params, [*seeds, *[0] * (rows - real)])
-        ignore_eos = jnp.asarray([p.ignore_eos for p in params])
-        remaining = jnp.asarray([*budget, *[0] * (rows - real)], jnp.int32)
+        row_params = self._put(sampling.row_params(params, [*seeds, *[0] * (rows - real)]))
+        ignore_eos = self._put(np.asarray([p.ignore_eos for p in params]))
+        remaining = self._put(np.asarray([*budget, *[0] * (rows - real)], np.int32))
         top = max((p.logprobs for p in params if p.logprobs is not None), default=None)
 
         leaves = expanded(self._leaves, jnp.dtype(self.config.dtype))
-        tokens, positions = _padded(prompts, cache_len)
-        cache = init_cache(self.config, rows, cache_len)
-        state, first, logprobs = self._prefill(
+        tokens, positions = self._put(_padded(prompts, cache_len))
+        cache = init_cache(self.config, rows, cache_len, placement=self.placement)
+        state, seen = self._prefill(
             leaves, tokens, positions, cache, row_params, ignore_eos, remaining,
             top_logprobs=top,
         )  # fmt: skip
-        yield _block(first, logprobs, real)
         while True:
-            remaining = np.asarray(state.remaining)
-            active = remaining.copy()
+            tokens, logprobs, remaining = jax.device_get(seen)
+            yield Block(tokens[:real], logprobs)
+            active = np.array(remaining)
             active[list(stopped)] = 0
             if not active.any():
                 return
             if (active != remaining).any():
-                state = dataclasses.replace(state, remaining=jnp.asarray(active))
-            state, tokens, logprobs = self._decode(
+                state = dataclasses.replace(state, remaining=self._put(active))
+            state, seen = self._decode(
                 leaves, state, row_params, ignore_eos, steps=STEPS, top_logprobs=top
             )
-            yield _block(tokens, logprobs, real)
+
+    def _put(self, tree: Any) -> Any:
+        """Host arrays whose first dimension are the rows of a batch, on the devices."""
+        if self.placement is None:
+            return jax.tree.map(jnp.asarray, tree)
+        return put(tree, self.placement.mesh, *self.placement.rules.spec(["batch"]))
 
     def _check_lengths(self, prompts: Sequence[Sequence[int]], max_len: int | None) -> int:
         limit = self.config.max_position_embeddings
@@ -178,7 +213,7 @@ class Decoder:
         remaining: Int32[Array, " B"],
         *,
         top_logprobs: int | None,
-    ) -> tuple[DecodeState, Int32[Array, "B 1"], Logprobs | None]:
+    ) -> tuple[DecodeState, Seen]:
         model = jax.tree.unflatten(self._treedef, leaves)
         hidden, cache, _ = model.hidden_states(tokens, positions, cache)
         last = positions.max(axis=1)
@@ -187,7 +222,8 @@ class Decoder:
         state = DecodeState(cache, tokens[:, 0], last, remaining)
         draw = functools.partial(self._draw, model, rows, ignore_eos, top_logprobs)
         state, token, logprobs = draw(state, hidden)
-        return state, token[:, None], jax.tree.map(lambda a: a[:, None], logprobs)
+        by_row = jax.tree.map(lambda a: a[:, None], logprobs)
+        return state, replicated((token[:, None], by_row, state.remaining))
 
     def _decode_steps(
         self,
@@ -198,7 +234,7 @@ class Decoder:
         *,
         steps: int,
         top_logprobs: int | None,
-    ) -> tuple[DecodeState, Int32[Array, "B steps"], Logprobs | None]:
+    ) -> tuple[DecodeState, Seen]:
         model = jax.tree.unflatten(self._treedef, leaves)
 
         def step(state: DecodeState, _: None) -> tuple[DecodeState, Any]:
@@ -214,7 +250,7 @@ class Decoder:
 
         state, (tokens, logprobs) = jax.lax.scan(step, state, length=steps)
         by_row = jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1), logprobs)
-        return state, tokens.T, by_row
+        return state, replicated((tokens.T, by_row, state.remaining))
 
     def _draw(
         self,
@@ -264,7 +300,7 @@ def expanded(weights: Sequence[Any], dtype: jnp.dtype) -> list[Any]:
 
 def _padded(
     prompts: Sequence[Sequence[int]], limit: int
-) -> tuple[Int32[Array, "B T"], Int32[Array, "B T"]]:
+) -> tuple[Int32[np.ndarray, "B T"], Int32[np.ndarray, "B T"]]:
     """Tokens and positions, padded on the right to a bucket; padding has position -1."""
     length = bucket(max(map(len, prompts)), limit)
     tokens = np.zeros((len(prompts), length), np.int32)
@@ -272,8 +308,4 @@ def _padded(
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt)] = prompt
         positions[row, : len(prompt)] = np.arange(len(prompt))
-    return jnp.asarray(tokens), jnp.asarray(positions)
-
-
-def _block(tokens: Array, logprobs: Logprobs | None, rows: int) -> Block:
-    return Block(np.asarray(tokens)[:rows], jax.device_get(logprobs))
+    return tokens, positions

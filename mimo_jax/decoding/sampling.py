@@ -3,7 +3,8 @@
 `SamplingParams` is what people write; `RowParams` is the same on the device, one entry a row of the
 batch.  The target distribution of a row is by definition softmax(`processed_logits`), and `sample`
 draws from it with randomness that depends on the row's seed and on the position of the token, on
-nothing else.  Nothing here works on logits whose vocabulary is sharded; the batch may be.
+nothing else.  Logits may be split over a mesh by rows and by vocabulary: `sample` and `logprobs`
+bring a row together where they must, and greedy decoding never does.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float32, Int32, UInt32
+
+from sharding.types import by_rows, entries, reshard
 
 # Temperatures below this mean greedy decoding, as in vLLM.
 GREEDY_BELOW = 1e-5
@@ -286,6 +289,10 @@ def sample(
       positions: positions in their sequences of the tokens to draw.
     """
 
+    def draw(logits: Array, rows: RowParams, positions: Array) -> Array:
+        gumbel = jax.vmap(noise)(rows.key_data, positions)
+        return jnp.argmax(processed_logits(logits, rows) + gumbel, axis=-1)
+
     def noise(key_data: Array, position: Array) -> Array:
         key = jax.random.wrap_key_data(key_data, impl="threefry2x32")
         # Low-resolution noise has some 50 distinct values among the winners of 152576 equal logits;
@@ -294,14 +301,11 @@ def sample(
             jax.random.fold_in(key, position), logits.shape[-1:], jnp.float32, mode="high"
         )
 
-    def draw() -> Array:
-        gumbel = jax.vmap(noise)(rows.key_data, positions)
-        return jnp.argmax(processed_logits(logits, rows) + gumbel, axis=-1)
-
-    def take_best() -> Array:
-        return jnp.argmax(logits, axis=-1)
-
-    return jax.lax.cond(jnp.any(rows.temperature > 0), draw, take_best).astype(jnp.int32)
+    return jax.lax.cond(
+        jnp.any(rows.temperature > 0),
+        lambda: by_rows(draw, reshard(logits, entries(logits)[0]), rows, positions),
+        lambda: jnp.argmax(logits, axis=-1),
+    ).astype(jnp.int32)
 
 
 def logprobs(logits: Float32[Array, "B V"], tokens: Int32[Array, " B"], top: int) -> Logprobs:
@@ -318,8 +322,9 @@ def logprobs(logits: Float32[Array, "B V"], tokens: Int32[Array, " B"], top: int
     V = logits.shape[-1]
     if not 0 <= top <= V:
         raise ValueError(f"logprobs of the top {top} tokens were asked for; expected 0 to {V}")
+    logits = reshard(logits, entries(logits)[0])
     total = jax.nn.logsumexp(logits, axis=-1)
     # Not a gather: this form needs no sharding hints.
     chosen = jnp.sum(jnp.where(jnp.arange(V) == tokens[:, None], logits, 0.0), axis=-1)
-    best, ids = jax.lax.top_k(logits, top)
+    best, ids = by_rows(lambda x: jax.lax.top_k(x, top), logits)
     return Logprobs(chosen - total, ids.astype(jnp.int32), best - total[:, None])

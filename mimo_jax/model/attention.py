@@ -13,33 +13,32 @@ from mimo_jax.model.cache import LayerCache
 from mimo_jax.model.layers import apply_rotary, contract, linear, rotary_angles
 from mimo_jax.model.parameters import Format, Make, ParamSpec, QKVRows, declare
 from mimo_jax.model.taps import Taps
+from sharding.types import entries, reshard, sharding
 
 QUERY_BLOCK = 256
 
 
 def attend(
-    q: Float[Array, "B T N H"],
+    q: Float[Array, "B T K G H"],
     k: Float[Array, "B S K H"],
     v: Float[Array, "B S K V"],
     q_positions: Int[Array, "B T"],
     k_positions: Int[Array, "B S"],
     *,
     window: int | None = None,
-    sink: Float[Array, " N"] | None = None,
-) -> tuple[Float[Array, "B T N V"], Float[Array, "B N T S"]]:
+    sink: Float[Array, "K G"] | None = None,
+) -> tuple[Float[Array, "B T K G V"], Float[Array, "B K G T S"]]:
     """Causal softmax attention by position; the definition of the operation.
 
-    A query sees the keys at positions 0..its own, the last `window` of them (itself included) if a
-    window is given.  A negative position marks an empty key slot or a padding query; a query that
-    sees no key gets zeros.  `sink` adds one logit a head to the normaliser (MODEL_SPEC 2.9).
+    Each KV head has a group of G query heads.  A query sees the keys at positions 0..its own, the
+    last `window` of them (itself included) if a window is given.  A negative position marks an
+    empty key slot or a padding query; a query that sees no key gets zeros.  `sink` adds one logit a
+    query head to the normaliser (MODEL_SPEC 2.9).
 
     Returns:
       The output in v's dtype, and the float32 weights (which sum to less than 1 with a sink).
     """
-    batch, t, n, h = q.shape
-    groups = n // k.shape[2]
-    grouped = q.reshape(batch, t, k.shape[2], groups, h)
-    scores = contract("btkgh,bskh->bkgts", grouped, k) * h**-0.5
+    scores = contract("btkgh,bskh->bkgts", q, k) * q.shape[-1] ** -0.5
     distance = q_positions[:, :, None] - k_positions[:, None, :]
     visible = (k_positions[:, None, :] >= 0) & (distance >= 0)
     if window is not None:
@@ -47,7 +46,7 @@ def attend(
     scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
     top = scores.max(axis=-1, keepdims=True)
     if sink is not None:
-        logit = sink.astype(jnp.float32).reshape(1, k.shape[2], groups, 1, 1)
+        logit = sink.astype(jnp.float32)[None, :, :, None, None]
         top = jnp.maximum(top, logit)
         extra = jnp.exp(logit - top)
     else:
@@ -56,20 +55,19 @@ def attend(
     weights = jnp.exp(scores - top)
     total = weights.sum(axis=-1, keepdims=True) + extra
     weights = weights / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)
-    out = contract("bkgts,bskv->btkgv", weights.astype(v.dtype), v).astype(v.dtype)
-    return out.reshape(batch, t, n, -1), weights.reshape(batch, n, t, -1)
+    return contract("bkgts,bskv->btkgv", weights.astype(v.dtype), v).astype(v.dtype), weights
 
 
 def attend_in_blocks(
-    q: Float[Array, "B T N H"],
+    q: Float[Array, "B T K G H"],
     k: Float[Array, "B S K H"],
     v: Float[Array, "B S K V"],
     q_positions: Int[Array, "B T"],
     k_positions: Int[Array, "B S"],
     *,
     window: int | None = None,
-    sink: Float[Array, " N"] | None = None,
-) -> Float[Array, "B T N V"]:
+    sink: Float[Array, "K G"] | None = None,
+) -> Float[Array, "B T K G V"]:
     """`attend` for long prompts: queries go in blocks, so that scores never need T x S memory.
 
     With a window, a block of queries looks only at the keys it can reach.  For that the last T keys
@@ -79,7 +77,7 @@ def attend_in_blocks(
     t = q.shape[1]
     blocks = -(-t // QUERY_BLOCK)
     pad = blocks * QUERY_BLOCK - t
-    q = jnp.pad(q, ((0, 0), (0, pad), (0, 0), (0, 0)))
+    q = jnp.pad(q, ((0, 0), (0, pad), *[(0, 0)] * 3))
     q_positions = jnp.pad(q_positions, ((0, 0), (0, pad)), constant_values=-1)
     earlier = 0 if window is None else k.shape[1] - t
     reach = 0 if window is None else min(window - 1, t)
@@ -140,19 +138,30 @@ class Attention(nnx.Module):
             ParamSpec(
                 f"{name}.qkv_proj.weight",
                 (chunks, rows.total, dim),
-                ("qkv_chunk", "qkv_row", "embed"),
+                ("kv_heads", "qkv_row", "embed"),
                 format=fmt,
                 qkv=rows,
             ),
         )
         self.o_proj = declare(
             make,
-            ParamSpec(f"{name}.o_proj.weight", (dim, n * layer.v_head_dim), ("embed", "heads")),
+            ParamSpec(
+                f"{name}.o_proj.weight",
+                (dim, kv, n // kv * layer.v_head_dim),
+                ("embed", "kv_heads", "group"),
+                stored_shape=(dim, n * layer.v_head_dim),
+            ),
         )
         self.sink = (
             declare(
                 make,
-                ParamSpec(f"{name}.attention_sink_bias", (n,), ("sink",), init="zeros"),
+                ParamSpec(
+                    f"{name}.attention_sink_bias",
+                    (kv, n // kv),
+                    ("kv_heads", "group"),
+                    init="zeros",
+                    stored_shape=(n,),
+                ),
             )
             if layer.sink
             else None
@@ -175,24 +184,41 @@ class Attention(nnx.Module):
             out, weights = attend(
                 q, keys, values, positions, key_positions, window=window, sink=sink
             )
-            taps.record(tap, weights)
+            if taps.wants(tap):
+                by_head = (x.shape[0], self.layer.num_heads, *weights.shape[3:])
+                taps.record(tap, reshard(weights, entries(x)[0]).reshape(by_head))
         else:
             out = attend_in_blocks(
                 q, keys, values, positions, key_positions, window=window, sink=sink
             )
-        out = out.reshape(*x.shape[:2], -1).astype(x.dtype)
-        return linear(out, self.o_proj[...]), cache
+        out = out.astype(x.dtype).reshape(
+            *out.shape[:3], -1, out_sharding=sharding(out, *entries(out)[:4])
+        )
+        y = contract("btkf,dkf->btd", out, self.o_proj[...].astype(x.dtype), like=x)
+        return y.astype(x.dtype), cache
 
     def project(
         self, x: Float[Array, "B T D"], positions: Int[Array, "B T"]
-    ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K V"]]:
-        """Rotated queries and keys, and scaled values, of T tokens."""
+    ) -> tuple[Float[Array, "B T K G H"], Float[Array, "B T K H"], Float[Array, "B T K V"]]:
+        """Rotated queries and keys, and scaled values, of T tokens.
+
+        On a mesh they are split by KV head as the output projection is, and queries also by group:
+        that is how fewer KV heads than devices are shared out.
+        """
         layer, rows = self.layer, self.rows
+        batch, (_, kv, group) = entries(x)[0], entries(self.o_proj[...])
         fused = linear(x, self.qkv_proj.get_value())
-        q, k, v = jnp.split(fused, [rows.q, rows.q + rows.k], axis=-1)
-        q = q.reshape(*x.shape[:2], layer.num_heads, layer.head_dim)
-        k = k.reshape(*x.shape[:2], layer.num_kv_heads, layer.head_dim)
-        v = v.reshape(*x.shape[:2], layer.num_kv_heads, layer.v_head_dim)
+        fused = reshard(fused, batch, None, kv)  # whole rows, where groups are split
+        split = jnp.split(fused, [rows.q, rows.q + rows.k], axis=-1)
+        heads = (layer.num_kv_heads, layer.num_heads // layer.num_kv_heads)
+
+        def by_head(y: Array, *shape: int) -> Array:
+            placed = sharding(x, batch, None, kv, *[None] * (len(shape) - 1))
+            return y.reshape(*x.shape[:2], *shape, out_sharding=placed)
+
+        q = reshard(by_head(split[0], *heads, layer.head_dim), batch, None, kv, group)
+        k = by_head(split[1], heads[0], layer.head_dim)
+        v = by_head(split[2], heads[0], layer.v_head_dim)
         cos, sin = rotary_angles(positions, layer.rotary_dim, layer.rope_theta)
         if self.value_scale is not None:
             v = v * jnp.asarray(self.value_scale, v.dtype)

@@ -17,6 +17,7 @@ from mimo_jax.model.layers import MLP, RMSNorm, contract
 from mimo_jax.model.moe import MoE
 from mimo_jax.model.parameters import Format, Make, ParamSpec, declare
 from mimo_jax.model.taps import Taps
+from sharding.types import entries, sharding
 
 
 def release_formats(config: MiMoConfig) -> tuple[Format, Format]:
@@ -83,7 +84,7 @@ class MiMo(nnx.Module):
         vocab, d = config.vocab_size, config.hidden_size
         self.config = config
         self.embed_tokens = declare(
-            make, ParamSpec("model.embed_tokens.weight", (vocab, d), ("vocab", "embed"))
+            make, ParamSpec("model.embed_tokens.weight", (vocab, d), (None, "features"))
         )
         self.layers = nnx.List([DecoderLayer(config, s, chunks, make) for s in config.layers])
         self.norm = RMSNorm(d, config.layernorm_epsilon, "model.norm", make)
@@ -130,7 +131,9 @@ class MiMo(nnx.Module):
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         collected = Taps(taps)
         with jax.named_scope("embed"):
-            x = self.embed_tokens[...][tokens].astype(jnp.dtype(self.config.dtype))
+            table = self.embed_tokens[...]
+            x = table.at[tokens].get(out_sharding=sharding(table, entries(tokens)[0]))
+            x = x.astype(jnp.dtype(self.config.dtype))
         caches = []
         for i, layer in enumerate(self.layers):
             with jax.named_scope(f"layer{i}"):

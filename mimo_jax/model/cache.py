@@ -17,8 +17,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from mimo_jax.config import LayerSpec, MiMoConfig
+from mimo_jax.model.placement import Placement
 
 RING_SLACK = 128
+CACHE_AXES = ("batch", "slot", "kv_heads", None)
 
 
 @jax.tree_util.register_dataclass
@@ -47,7 +49,12 @@ class KVCache:
 
 
 def init_cache(
-    config: MiMoConfig, batch: int, max_len: int, dtype: Any = None, slack: int = RING_SLACK
+    config: MiMoConfig,
+    batch: int,
+    max_len: int,
+    dtype: Any = None,
+    slack: int = RING_SLACK,
+    placement: Placement | None = None,
 ) -> KVCache:
     """An empty cache for `batch` sequences of up to `max_len` positions.
 
@@ -57,8 +64,10 @@ def init_cache(
       max_len: capacity of full-attention layers; sliding layers hold window + slack slots.
       dtype: of keys and values; the config's by default.
       slack: how many tokens a cached step may add (and reject) without an old key being lost.
+      placement: the mesh and rules to split it by.
 
     Raises:
+      ShardingError: the mesh does not divide the batch.
       ValueError: max_len exceeds the model's max_position_embeddings or is not positive, or slack
         is negative.
     """
@@ -71,11 +80,15 @@ def init_cache(
         raise ValueError(f"slack={slack} ring slots beyond the window: it must not be negative")
     dtype = jnp.dtype(dtype or config.dtype)
 
+    def zeros(*shape: int) -> Array:
+        placed = None if placement is None else placement.sharding("cache", CACHE_AXES, shape)
+        return jnp.zeros(shape, dtype, device=placed)
+
     def layer(spec: LayerSpec) -> LayerCache:
         slots = max_len if spec.window is None else spec.window + slack
         return LayerCache(
-            jnp.zeros((batch, slots, spec.num_kv_heads, spec.head_dim), dtype),
-            jnp.zeros((batch, slots, spec.num_kv_heads, spec.v_head_dim), dtype),
+            zeros(batch, slots, spec.num_kv_heads, spec.head_dim),
+            zeros(batch, slots, spec.num_kv_heads, spec.v_head_dim),
         )
 
     return KVCache(tuple(layer(s) for s in config.layers), max_len, slack)
@@ -112,8 +125,9 @@ def write(
         slot = jnp.where(kept, positions % slots, slots)
     else:
         slot = jnp.where(positions >= 0, positions, slots)
-    row = jnp.arange(positions.shape[0])[:, None]
-    return LayerCache(
-        cache.k.at[row, slot].set(k.astype(cache.k.dtype), mode="drop"),
-        cache.v.at[row, slot].set(v.astype(cache.v.dtype), mode="drop"),
-    )
+
+    @jax.vmap  # over the rows: batched scatters need no hint of how rows are sharded
+    def put(old: Array, slot: Array, new: Array) -> Array:
+        return old.at[slot].set(new.astype(old.dtype), mode="drop")
+
+    return LayerCache(put(cache.k, slot, k), put(cache.v, slot, v))

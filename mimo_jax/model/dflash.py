@@ -17,19 +17,41 @@ class DFlashAttention(nnx.Module):
         n, k = config.num_attention_heads, config.num_key_value_heads
         h, v = config.head_dim, config.v_head_dim
 
-        def projection(which: str, rows: int, axis: str) -> nnx.Param:
-            return declare(make, ParamSpec(f"{name}.{which}.weight", (rows, d), (axis, "embed")))
+        def projection(which: str, group: int, width: int) -> nnx.Param:
+            axes = ("kv_heads", "group" if group > 1 else None, "embed")
+            spec = ParamSpec(
+                f"{name}.{which}.weight",
+                (k, group * width, d),
+                axes,
+                stored_shape=(k * group * width, d),
+            )
+            return declare(make, spec)
 
-        self.q_proj = projection("q_proj", n * h, "heads")
-        self.k_proj = projection("k_proj", k * h, "kv_heads")
-        self.v_proj = projection("v_proj", k * v, "kv_heads")
+        self.q_proj = projection("q_proj", n // k, h)
+        self.k_proj = projection("k_proj", 1, h)
+        self.v_proj = projection("v_proj", 1, v)
         self.o_proj = declare(
-            make, ParamSpec(f"{name}.o_proj.weight", (d, n * v), ("embed", "heads"))
+            make,
+            ParamSpec(
+                f"{name}.o_proj.weight",
+                (d, k, n // k * v),
+                ("embed", "kv_heads", "group"),
+                stored_shape=(d, n * v),
+            ),
         )
         self.q_norm = RMSNorm(h, eps, f"{name}.q_norm", make)
         self.k_norm = RMSNorm(h, eps, f"{name}.k_norm", make)
         self.sink = (
-            declare(make, ParamSpec(f"{name}.attention_sink_bias", (n,), ("sink",), init="zeros"))
+            declare(
+                make,
+                ParamSpec(
+                    f"{name}.attention_sink_bias",
+                    (k, n // k),
+                    ("kv_heads", "group"),
+                    init="zeros",
+                    stored_shape=(n,),
+                ),
+            )
             if config.attention_sink_bias
             else None
         )
@@ -58,7 +80,7 @@ class DFlash(nnx.Module):
         d, eps = config.hidden_size, config.rms_norm_eps
         taps = len(config.target_layer_ids)
         self.config = config
-        self.fc = declare(make, ParamSpec("fc.weight", (d, taps * d), ("embed", None)))
+        self.fc = declare(make, ParamSpec("fc.weight", (d, taps * d), ("embed", "features")))
         self.hidden_norm = RMSNorm(d, eps, "hidden_norm", make)
         self.layers = nnx.List(
             [DFlashLayer(config, i, make) for i in range(config.num_hidden_layers)]

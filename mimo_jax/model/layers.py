@@ -12,27 +12,35 @@ from jaxtyping import Array, Float, Int
 
 from mimo_jax.model.parameters import Format, Make, ParamSpec, declare
 from mimo_jax.quant import dequantize
+from sharding.types import entries, sharding
 
 
-def linear(x: Float[Array, "*b D"], w: Any) -> Float[Array, "*b *F"]:
+def linear(x: Float[Array, "*b D"], w: Any, *, like: Array | None = None) -> Float[Array, "*b *F"]:
     """x W^T for a plain or quantised W [F, D] or [C, R, D], whose result ends in C, R.
 
-    Accumulates in float32 and returns x's dtype.
+    Accumulates in float32 and returns x's dtype.  `like` is as in `contract`.
     """
     dense = dequantize(w, x.dtype)
-    y = contract("...d,fd->...f", x, dense.reshape(-1, dense.shape[-1]))
-    return y.astype(x.dtype).reshape(*x.shape[:-1], *dense.shape[:-1])
+    equation = "...d,fd->...f" if dense.ndim == 2 else "...d,crd->...cr"
+    return contract(equation, x, dense, like=like).astype(x.dtype)
 
 
-def contract(equation: str, *operands: Array) -> Array:
+def contract(equation: str, *operands: Array, like: Array | None = None) -> Array:
     """An einsum with float32 accumulation and result; float32 operands are multiplied exactly
-    (GPUs and TPUs round them to fewer bits by default)."""
+    (GPUs and TPUs round them to fewer bits by default).
+
+    Args:
+      equation, operands: as in jnp.einsum.
+      like: on a mesh, the array whose sharding the result gets.  Needed where dimensions are
+        summed that are split, and then what the devices have is summed as well.
+    """
     exact = all(o.dtype == jnp.float32 for o in operands)
     return jnp.einsum(
         equation,
         *operands,
         precision=jax.lax.Precision.HIGHEST if exact else None,
         preferred_element_type=jnp.float32,
+        out_sharding=None if like is None else sharding(like, *entries(like)),
     )
 
 
@@ -65,7 +73,7 @@ class MLP(nnx.Module):
         """down(silu(gate x) * (up x))."""
         gate = linear(x, self.gate_proj.get_value())
         up = linear(x, self.up_proj.get_value())
-        return linear(jax.nn.silu(gate) * up, self.down_proj.get_value())
+        return linear(jax.nn.silu(gate) * up, self.down_proj.get_value(), like=x)
 
 
 def rotary_angles(
@@ -82,12 +90,13 @@ def rotary_angles(
 
 
 def apply_rotary(
-    x: Float[Array, "B T N H"],
+    x: Float[Array, "B T *heads H"],
     cos: Float[Array, "B T half"],
     sin: Float[Array, "B T half"],
-) -> Float[Array, "B T N H"]:
+) -> Float[Array, "B T *heads H"]:
     """Rotates the leading 2 * half dimensions of each head, pairing i with i + half (NeoX)."""
     half = cos.shape[-1]
-    cos, sin = (a[:, :, None, :].astype(x.dtype) for a in (cos, sin))
+    over_heads = tuple(range(2, x.ndim - 1))
+    cos, sin = (jnp.expand_dims(a, over_heads).astype(x.dtype) for a in (cos, sin))
     first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)

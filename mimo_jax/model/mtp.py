@@ -21,7 +21,7 @@ class MTPBlock(nnx.Module):
         self.enorm = RMSNorm(d, eps, f"{name}.enorm", make)
         self.hnorm = RMSNorm(d, eps, f"{name}.hnorm", make)
         self.eh_proj = declare(
-            make, ParamSpec(f"{name}.eh_proj.weight", (d, 2 * d), ("embed", None))
+            make, ParamSpec(f"{name}.eh_proj.weight", (d, 2 * d), ("embed", "features"))
         )
         self.input_layernorm = RMSNorm(d, eps, f"{name}.input_layernorm", make)
         layer = config.layer_spec(index, "sliding", moe=False)

@@ -45,11 +45,12 @@ class ParamSpec:
       name: tensor name in a checkpoint.  `{}` stands for the expert index where the parameter
         stacks one tensor an expert in its first dimension.
       shape: logical shape, whatever the storage format.
-      axes: a logical axis name (or None) a dimension, for sharding rules.
+      axes: a logical axis name (or None) a dimension, for sharding rules (`LOGICAL_AXES`).
       init: "normal" (standard deviation `std`), "zeros" or "ones".
       dtype: storage dtype of a plain parameter; None means the model's.
       format: how the release stores it.
       qkv: set for fused QKV matrices [C, R, D]: the rows of each of the C chunks.
+      stored_shape: shape of the tensor in a checkpoint, where it has fewer dimensions.
     """
 
     name: str
@@ -60,10 +61,18 @@ class ParamSpec:
     dtype: str | None = None
     format: Format = "plain"
     qkv: QKVRows | None = None
+    stored_shape: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if len(self.shape) != len(self.axes):
             raise ValueError(f"{self.name}: {len(self.axes)} axes for shape {self.shape}")
+
+    @property
+    def tensor_shape(self) -> tuple[int, ...]:
+        """Shape of the tensor (of one expert's, where they are stacked) in a checkpoint."""
+        if self.stored_shape is not None:
+            return self.stored_shape
+        return self.shape[1:] if "{}" in self.name else self.shape
 
     @property
     def size(self) -> int:
@@ -93,7 +102,7 @@ def random_init(key: jax.Array, dtype: Any, *, quantized: bool = False) -> Make:
         if spec.init != "normal":
             fill = jnp.ones if spec.init == "ones" else jnp.zeros
             return fill(spec.shape, plain_dtype)
-        own_key = jax.random.fold_in(key, _stable_hash(spec.name))
+        own_key = jax.random.fold_in(key, stable_hash(spec.name))
         w = spec.std * jax.random.normal(own_key, spec.shape, jnp.float32)
         if quantized and spec.format == "fp8":
             return quantize_fp8(w)
@@ -125,8 +134,8 @@ def parameter_bytes(module: nnx.Module) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(module))
 
 
-def _stable_hash(name: str) -> int:
-    """A 31-bit FNV-1a hash: Python's own differs between processes."""
+def stable_hash(name: str) -> int:
+    """A 31-bit FNV-1a hash of a parameter's name: Python's own differs between processes."""
     h = 0x811C9DC5
     for byte in name.encode():
         h = ((h ^ byte) * 0x01000193) & 0xFFFFFFFF

@@ -262,7 +262,7 @@ def test_the_cache_is_donated():
     use = decoder()
     arguments = decode_arguments(use, 256)
     before = jax.tree.leaves(arguments[1].cache)
-    state, _, _ = use._decode(*arguments, steps=STEPS, top_logprobs=None)
+    state, _ = use._decode(*arguments, steps=STEPS, top_logprobs=None)
     assert all(a.is_deleted() for a in before)
     assert not any(a.is_deleted() for a in jax.tree.leaves(state))
 

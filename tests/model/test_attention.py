@@ -15,8 +15,33 @@ from mimo_jax.model.attention import QUERY_BLOCK, Attention, attend, attend_in_b
 from mimo_jax.model.parameters import random_init
 from mimo_jax.model.taps import Taps
 
-jit_attend = jax.jit(attend, static_argnames="window")
-jit_blocks = jax.jit(attend_in_blocks, static_argnames="window")
+
+def attend_by_head(q, k, v, q_positions, k_positions, window=None, sink=None):
+    """`attend` with query heads in a row, q [B, T, N, H] and sink [N], and results likewise."""
+    out, weights = attend(
+        *_grouped(q, k), v, q_positions, k_positions, window=window, sink=_grouped_sink(sink, k)
+    )
+    by_head = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
+    return out.reshape(*q.shape[:3], -1), weights.reshape(by_head)
+
+
+def blocks_by_head(q, k, v, q_positions, k_positions, window=None, sink=None):
+    out = attend_in_blocks(
+        *_grouped(q, k), v, q_positions, k_positions, window=window, sink=_grouped_sink(sink, k)
+    )
+    return out.reshape(*q.shape[:3], -1)
+
+
+def _grouped(q, k):
+    return q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[-1]), k
+
+
+def _grouped_sink(sink, k):
+    return None if sink is None else sink.reshape(k.shape[2], -1)
+
+
+jit_attend = jax.jit(attend_by_head, static_argnames="window")
+jit_blocks = jax.jit(blocks_by_head, static_argnames="window")
 
 
 def loop(
@@ -83,7 +108,7 @@ def test_attend_against_a_loop(seed, window, sinks, spread):
 def test_query_that_sees_nothing_gets_zeros():
     q, k, v = random_qkv(np.random.default_rng(0), batch=1, t=2, s=3)
     for sink in (None, jnp.full(4, -30.0)):
-        out, weights = attend(
+        out, weights = attend_by_head(
             q, k, v, jnp.array([[-1, 4]]), jnp.array([[-1, -1, 9]]), window=2, sink=sink
         )
         assert (np.asarray(out) == 0).all()
@@ -94,7 +119,7 @@ def test_huge_scores_do_not_overflow():
     q, k, v = random_qkv(np.random.default_rng(0), batch=1, t=3, s=3, spread=1e4)
     at = jnp.arange(3)[None]
     for sink in (None, jnp.asarray([30.0, -30.0, 0.0, 1e4])):
-        out, weights = attend(q, k, v, at, at, sink=sink)
+        out, weights = attend_by_head(q, k, v, at, at, sink=sink)
         assert np.isfinite(out).all()
         assert (np.asarray(weights).sum(-1) <= 1 + 1e-6).all()
 
@@ -104,7 +129,7 @@ def test_sink_takes_its_share_and_gives_no_value():
     q, k = jnp.zeros((1, 1, 4, 6)), jnp.zeros((1, 3, 2, 6))
     v = jnp.ones((1, 3, 2, 3))
     sink = jnp.asarray([0.0, 1.0, -30.0, 30.0])
-    out, weights = attend(q, k, v, jnp.array([[2]]), jnp.arange(3)[None], sink=sink)
+    out, weights = attend_by_head(q, k, v, jnp.array([[2]]), jnp.arange(3)[None], sink=sink)
     expected = 3 / (3 + np.exp(np.asarray(sink, np.float64)))
     np.testing.assert_allclose(np.asarray(weights)[0, :, 0].sum(-1), expected, rtol=1e-6)
     np.testing.assert_allclose(np.asarray(out)[0, 0, :, 0], expected, rtol=1e-6)
@@ -115,7 +140,7 @@ def test_trap_8_window_includes_the_query(window):
     """Visible distances are 0 to window - 1 (MODEL_SPEC 2.8)."""
     q, k = jnp.zeros((1, 1, 1, 2)), jnp.zeros((1, 140, 1, 2))
     at = jnp.arange(140)[None]
-    _, weights = attend(q, k, jnp.zeros((1, 140, 1, 1)), at[:, 135:136], at, window=window)
+    _, weights = attend_by_head(q, k, jnp.zeros((1, 140, 1, 1)), at[:, 135:136], at, window=window)
     seen = np.flatnonzero(np.asarray(weights)[0, 0, 0])
     np.testing.assert_array_equal(seen, np.arange(136 - window, 136))
     np.testing.assert_allclose(np.asarray(weights)[0, 0, 0, seen], 1 / window, rtol=1e-6)
@@ -126,7 +151,7 @@ def test_trap_11_scale_is_the_query_width():
     q = jnp.full((1, 1, 1, 192), 0.5)
     k = jnp.stack([jnp.zeros(192), jnp.full(192, 0.25)])[None, :, None]
     v = jnp.zeros((1, 2, 1, 128))
-    out, weights = attend(q, k, v, jnp.array([[1]]), jnp.arange(2)[None])
+    out, weights = attend_by_head(q, k, v, jnp.array([[1]]), jnp.arange(2)[None])
     odds = np.asarray(weights)[0, 0, 0, 1] / np.asarray(weights)[0, 0, 0, 0]
     np.testing.assert_allclose(odds, np.exp(192 * 0.125 / np.sqrt(192)), rtol=1e-5)
     assert out.shape == (1, 1, 1, 128)
@@ -136,7 +161,7 @@ def test_trap_11_scale_is_the_query_width():
 def test_query_head_h_uses_kv_head_h_over_group(heads, kv):
     q, k = jnp.zeros((1, 1, heads, 2)), jnp.zeros((1, 1, kv, 2))
     v = jnp.arange(kv, dtype=jnp.float32).reshape(1, 1, kv, 1)
-    out, _ = attend(q, k, v, jnp.zeros((1, 1), jnp.int32), jnp.zeros((1, 1), jnp.int32))
+    out, _ = attend_by_head(q, k, v, jnp.zeros((1, 1), jnp.int32), jnp.zeros((1, 1), jnp.int32))
     np.testing.assert_array_equal(np.asarray(out)[0, 0, :, 0], np.arange(heads) // (heads // kv))
 
 
@@ -204,7 +229,8 @@ def test_blocks_after_a_ring_in_any_order(window):
 def test_long_prompts_never_hold_all_scores():
     """No array of a windowed prefill has T x S elements."""
     length = 8 * B
-    shapes = [jax.ShapeDtypeStruct((1, length, 1, 4), jnp.float32)] * 3
+    keys = jax.ShapeDtypeStruct((1, length, 1, 4), jnp.float32)
+    shapes = (jax.ShapeDtypeStruct((1, length, 1, 1, 4), jnp.float32), keys, keys)
     at = jax.ShapeDtypeStruct((1, length), jnp.int32)
     for window in (None, 128):
         f = functools.partial(attend_in_blocks, window=window)
