@@ -12,16 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from mimo_jax import checkpoint, tokenizer
+from mimo_jax.checkpoint import Progress
 from mimo_jax.config import MiMoConfig
 from mimo_jax.decoding.autoregressive import Decoder, bucket
 from mimo_jax.decoding.outputs import GenerationOutput, Metrics, Row
 from mimo_jax.decoding.sampling import SamplingParams, sample_seed
 from mimo_jax.model.backbone import MiMo
+from sharding.mesh import make_mesh, use
+from sharding.rules import ShardingRules
+from sharding.types import entries, reshard
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]] | np.ndarray
 
@@ -45,26 +49,70 @@ def load(
     dtype: str | None = None,
     dequantize: bool = False,
     qkv: str | None = None,
+    mesh: str | Mesh | None = None,
+    rules: str | ShardingRules = "latency",
+    random_weights: int | None = None,
+    layers: int | None = None,
+    progress: Progress | None = None,
 ) -> LanguageModel:
     """Loads a model, ready to generate.
 
+    On a mesh every device holds, and every process reads, its own part of the weights only.
+
     Args:
-      name_or_path: a bundled name ("mimo-tiny"), a checkpoint folder, or a hub id.
+      name_or_path: a bundled name ("mimo-tiny"), a checkpoint folder, or a hub id; with
+        `random_weights`, also the name of a configuration (`presets`).
       dtype: compute dtype instead of the config's, such as "float32".
       dequantize: expand FP8 and MXFP4 weights to the compute dtype; they stay quantised otherwise.
       qkv: how fused QKV rows are stored ("interleaved", "plain" or "split"), where the loader's
         own reading of the checkpoint is to be overruled (see `mimo-jax inspect`).
+      mesh: devices to split the model over: text such as "expert=2,tensor=4", or a jax Mesh in
+        explicit mode.  By default the model is on jax's default device.
+      rules: how to split it: a name of `sharding.rules.PRESETS` ("latency": tensor-parallel
+        attention and experts; "throughput": data-parallel attention, expert-parallel experts; ...)
+        or `ShardingRules` of your own.
+      random_weights: a seed; weights are made up on the devices instead of read, in the formats
+        that the config announces.
+      layers: with `random_weights`, only so many layers.
+      progress: called while weights are read, with the bytes read so far and in all.
 
     Raises:
       FileNotFoundError: nothing has that name; the message names what is close.
       checkpoint.CheckpointError: the checkpoint is damaged or not one of ours; the message lists
         every tensor concerned.
       ConfigError: its config asks for something that is not implemented.
+      MeshError, ShardingError: there is no such mesh, or it does not divide the model.
+      NotEnoughMemoryError: the weights would not fit; nothing has been allocated.
     """
-    folder = checkpoint.resolve(name_or_path)
+    on = None if mesh is None else make_mesh(mesh)
+    if random_weights is None:
+        if layers is not None:
+            raise ValueError("layers= cuts a model with random_weights=; give both or neither")
+        folder = checkpoint.resolve(name_or_path)
+        enable_compilation_cache()
+        loaded = checkpoint.load(
+            folder,
+            dtype=dtype,
+            dequantize=dequantize,
+            qkv=qkv,
+            mesh=on,
+            rules=rules,
+            progress=progress,
+        )
+        return LanguageModel(loaded)
+    if dequantize or qkv is not None:
+        raise ValueError("dequantize= and qkv= are about checkpoints; random_weights= reads none")
+    config = MiMoConfig.from_pretrained(checkpoint.bundled().get(str(name_or_path), name_or_path))
     enable_compilation_cache()
-    loaded = checkpoint.load(folder, dtype=dtype, dequantize=dequantize, qkv=qkv)
-    return LanguageModel(loaded)
+    return LanguageModel(
+        checkpoint.random_weights(
+            config if layers is None else config.truncated(layers),
+            random_weights,
+            dtype=dtype,
+            mesh=on,
+            rules=rules,
+        )
+    )
 
 
 def save_pretrained(lm: LanguageModel, folder: str | Path) -> None:
@@ -89,6 +137,8 @@ class LanguageModel:
       model: the backbone, a flax.nnx module (a pytree of parameters).
       tokenizer: the Hugging Face tokenizer, None if the checkpoint has none.
       mtp, drafter: the multi-token-prediction blocks and the DFlash drafter, if it has them.
+      mesh: the devices it is split over, None if it is on one.  Calls of `model` by yourself want
+        `jax.set_mesh(lm.mesh)` around them.
       loaded: all of the above as the checkpoint package returned it.
     """
 
@@ -98,6 +148,8 @@ class LanguageModel:
         self.model: MiMo = loaded.model
         self.mtp = loaded.mtp
         self.drafter = loaded.drafter
+        self.placement = loaded.placement
+        self.mesh = None if loaded.placement is None else loaded.placement.mesh
         has_tokenizer = (loaded.folder / "tokenizer.json").is_file() or (
             loaded.folder / "vocab.json"
         ).is_file()
@@ -106,11 +158,18 @@ class LanguageModel:
         valid = self.config.vocab_size
         if self.tokenizer is not None:
             valid = min(valid, tokenizer.valid_vocabulary(self.tokenizer))
-        self.decoder = Decoder(self.model, valid_vocabulary=valid, eos_ids=self.eos_ids)
-        self._forward = jax.jit(lambda model, tokens, positions: model(tokens, positions)[0])
+        self.decoder = Decoder(
+            self.model,
+            valid_vocabulary=valid,
+            eos_ids=self.eos_ids,
+            placement=self.placement,
+        )
+        self._forward = jax.jit(_logits)
 
     def logits(self, token_ids: Any) -> Float[Array, "B T vocab"]:
         """float32 logits at every position of full sequences, without a cache.
+
+        On a mesh they are split over the vocabulary as the head is, and not over the rows.
 
         Args:
           token_ids: integers [B, T], or anything that numpy makes such an array of.
@@ -131,10 +190,14 @@ class LanguageModel:
         if length > limit:
             raise ValueError(f"{length} tokens exceed the model's {limit} positions")
         padded = bucket(length, limit)
-        tokens = np.pad(ids, ((0, 0), (0, padded - length))).astype(np.int32)
+        ways = 1 if self.placement is None else self.placement.batch_ways
+        more = ((0, -len(ids) % ways), (0, padded - length))
+        tokens = np.pad(ids, more).astype(np.int32)
         positions = np.where(np.arange(padded) < length, np.arange(padded), -1).astype(np.int32)
         positions = np.broadcast_to(positions, tokens.shape)
-        return self._forward(self.model, jnp.asarray(tokens), jnp.asarray(positions))[:, :length]
+        with use(self.mesh):
+            logits = self._forward(self.model, self.decoder.put((tokens, positions)))
+            return logits[: len(ids), :length]
 
     def generate(
         self,
@@ -232,6 +295,12 @@ class LanguageModel:
             ]
             stopped.update(i for i, row in enumerate(batch) if row.ended)
         yield [row.finish() for row in batch]
+
+
+def _logits(model: MiMo, inputs: tuple[Array, Array]) -> Array:
+    """Logits of tokens at positions, their rows not split."""
+    logits = model(*inputs)[0]
+    return reshard(logits, None, None, entries(logits)[2])
 
 
 class Stream:

@@ -7,6 +7,7 @@ finished blocks of tokens.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -132,17 +133,6 @@ class Decoder:
         Raises:
           ValueError: a prompt is empty, or longer than the model or the cache allows.
         """
-        with mesh.use(self.placement and self.placement.mesh):
-            yield from self._blocks(prompts, params, seeds, max_len, stopped)
-
-    def _blocks(
-        self,
-        prompts: Sequence[Sequence[int]],
-        params: Sequence[SamplingParams],
-        seeds: Sequence[int],
-        max_len: int | None,
-        stopped: set[int] | None,
-    ) -> Iterator[Block]:
         stopped = set() if stopped is None else stopped
         limit = self._check_lengths(prompts, max_len)
         real = len(prompts)
@@ -156,18 +146,19 @@ class Decoder:
         empty: list[int] = []
         prompts = [*prompts, *[empty] * (rows - real)]
         params = [*params, *[SamplingParams(temperature=0.0)] * (rows - real)]
-        row_params = self._put(sampling.row_params(params, [*seeds, *[0] * (rows - real)]))
-        ignore_eos = self._put(np.asarray([p.ignore_eos for p in params]))
-        remaining = self._put(np.asarray([*budget, *[0] * (rows - real)], np.int32))
+        row_params = self.put(sampling.row_params(params, [*seeds, *[0] * (rows - real)]))
+        ignore_eos = self.put(np.asarray([p.ignore_eos for p in params]))
+        remaining = self.put(np.asarray([*budget, *[0] * (rows - real)], np.int32))
         top = max((p.logprobs for p in params if p.logprobs is not None), default=None)
 
-        leaves = expanded(self._leaves, jnp.dtype(self.config.dtype))
-        tokens, positions = self._put(_padded(prompts, cache_len))
+        tokens, positions = self.put(_padded(prompts, cache_len))
         cache = init_cache(self.config, rows, cache_len, placement=self.placement)
-        state, seen = self._prefill(
-            leaves, tokens, positions, cache, row_params, ignore_eos, remaining,
-            top_logprobs=top,
-        )  # fmt: skip
+        with self._on_mesh():
+            leaves = expanded(self._leaves, jnp.dtype(self.config.dtype))
+            state, seen = self._prefill(
+                leaves, tokens, positions, cache, row_params, ignore_eos, remaining,
+                top_logprobs=top,
+            )  # fmt: skip
         while True:
             tokens, logprobs, remaining = jax.device_get(seen)
             yield Block(tokens[:real], logprobs)
@@ -176,12 +167,17 @@ class Decoder:
             if not active.any():
                 return
             if (active != remaining).any():
-                state = dataclasses.replace(state, remaining=self._put(active))
-            state, seen = self._decode(
-                leaves, state, row_params, ignore_eos, steps=STEPS, top_logprobs=top
-            )
+                state = dataclasses.replace(state, remaining=self.put(active))
+            with self._on_mesh():
+                state, seen = self._decode(
+                    leaves, state, row_params, ignore_eos, steps=STEPS, top_logprobs=top
+                )
 
-    def _put(self, tree: Any) -> Any:
+    def _on_mesh(self) -> contextlib.AbstractContextManager[Any]:
+        # Not around a `yield`: the context would reach into the caller's code.
+        return mesh.use(self.placement and self.placement.mesh)
+
+    def put(self, tree: Any) -> Any:
         """Host arrays whose first dimension are the rows of a batch, on the devices."""
         if self.placement is None:
             return jax.tree.map(jnp.asarray, tree)

@@ -128,7 +128,9 @@ class MiMo(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], KVCache | None, dict[str, Array]]:
         """The residual stream after the last layer, before the final norm; as `__call__` else."""
         if positions is None:
-            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+            row = jnp.arange(tokens.shape[1])
+            placed = sharding(tokens, *entries(tokens))
+            positions = jnp.broadcast_to(row, tokens.shape, out_sharding=placed)
         collected = Taps(taps)
         with jax.named_scope("embed"):
             table = self.embed_tokens[...]

@@ -40,8 +40,7 @@ def random_release(seed: int, dtype: Any, placement: Placement | None = None) ->
     """
 
     def make(spec: ParamSpec) -> Any:
-        plain = jnp.dtype(spec.dtype or dtype)
-        arrays = _shapes(spec, plain)
+        arrays = shapes(spec, dtype)
         placed = None if placement is None else placement.shardings(spec, arrays)
         key = (seed * 0x9E3779B1 + stable_hash(spec.name)) & 0xFFFFFFFF
 
@@ -66,8 +65,8 @@ def random_release(seed: int, dtype: Any, placement: Placement | None = None) ->
     return make
 
 
-def _shapes(spec: ParamSpec, plain: np.dtype) -> Any:
-    """What holds a parameter, as shapes and dtypes."""
+def shapes(spec: ParamSpec, dtype: Any) -> Any:
+    """What holds a parameter of a model of this dtype, as shapes and dtypes."""
 
     def array(blocks: tuple[int, int], dtype: Any) -> jax.ShapeDtypeStruct:
         *lead, rows, columns = spec.shape
@@ -80,7 +79,7 @@ def _shapes(spec: ParamSpec, plain: np.dtype) -> Any:
     if spec.format == "mxfp4":
         codes, scales = BLOCKS[MXFP4Array]
         return MXFP4Array(array(codes, jnp.uint8), array(scales, jnp.uint8))
-    return jax.ShapeDtypeStruct(spec.shape, plain)
+    return jax.ShapeDtypeStruct(spec.shape, jnp.dtype(spec.dtype or dtype))
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))
