@@ -20,18 +20,16 @@ import dataclasses
 import importlib.util
 import json
 import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from circumstances import circumstances
 from rich.console import Console
 from rich.table import Table
 from transformers_beside import Transformers, transformers_beside
@@ -224,41 +222,6 @@ def with_speed_ups(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 str(n): round(ms / run["ms_per_token"], 2) for n, ms in others.items()
             }
     return list(runs)
-
-
-def circumstances(args: argparse.Namespace) -> dict[str, Any]:
-    """Machine, versions, commit and arguments of a result; no paths of this machine."""
-    packages = ("jax", "jaxlib", "flax", "numpy")
-    hidden = ("torch_python", "out", "run")
-    return {
-        "arguments": {k: v for k, v in vars(args).items() if k not in hidden},
-        "device": jax.devices()[0].device_kind,
-        "cpu": cpu_model(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "versions": {p: metadata.version(p) for p in packages},
-        "commit": git("rev-parse", "HEAD"),
-        "changed_files": len((git("status", "--porcelain") or "").splitlines()),
-        "load_average_before": os.getloadavg(),
-    }
-
-
-def cpu_model() -> str:
-    """The processor's name."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def git(*command: str) -> str | None:
-    """Output of a git command in the repository; None where there is none."""
-    try:
-        done = subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True)
-    except OSError:
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def show(result: dict[str, Any]) -> None:

@@ -1,0 +1,52 @@
+"""What a measurement was made with: machine, versions, commit and arguments."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def circumstances(args: argparse.Namespace) -> dict[str, Any]:
+    """Machine, versions, commit and arguments of a result; no paths of this machine."""
+    packages = ("jax", "jaxlib", "flax", "numpy")
+    hidden = ("torch_python", "out", "run")
+    return {
+        "arguments": {k: v for k, v in vars(args).items() if k not in hidden},
+        "device": jax.devices()[0].device_kind,
+        "devices": jax.device_count(),
+        "cpu": cpu_model(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "versions": {p: metadata.version(p) for p in packages},
+        "commit": git("rev-parse", "HEAD"),
+        "changed_files": len((git("status", "--porcelain") or "").splitlines()),
+        "load_average_before": os.getloadavg(),
+    }
+
+
+def cpu_model() -> str:
+    """The processor's name."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def git(*command: str) -> str | None:
+    """Output of a git command in the repository; None where there is none."""
+    try:
+        done = subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True)
+    except OSError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
