@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 import mimo_jax as mj
 from mimo_jax import checkpoint, cli
+from mimo_jax.cli.generate import _print_statistics
 from mimo_jax.decoding.outputs import Completion, GenerationOutput, Metrics
 
 PROMPT = "import os\n\n\ndef main():\n"
@@ -56,6 +57,8 @@ def streaming(monkeypatch):
 
     def use(*pieces: Any) -> None:
         class Model:
+            tokenizer = "any"
+
             def stream(self, prompt: Any, params: mj.SamplingParams) -> FakeStream:
                 return FakeStream(pieces)
 
@@ -99,6 +102,8 @@ def test_every_sampling_option_arrives(monkeypatch):
     seen = []
 
     class Model:
+        tokenizer = "any"
+
         def stream(self, prompt: Any, params: mj.SamplingParams) -> FakeStream:
             seen.extend([prompt, params])
             return FakeStream(("x",))
@@ -110,13 +115,23 @@ def test_every_sampling_option_arrives(monkeypatch):
     monkeypatch.setattr(mj, "load", load)
     options = (
         "--model m --chat --max-tokens 5 --temperature 0.5 --top-p 0.9 --top-k 7 --min-p 0.1 "
-        "--seed 3 --stop a --stop b --dtype float32 --dequantize --qkv plain --prompt hi"
+        "--seed 3 --stop a --stop b --dtype float32 --dequantize --qkv plain --prompt hi "
+        "--mesh tensor=2 --rules throughput --random-weights 4 --layers 2"
     )
     result = run("generate", *options.split())
     assert result.exit_code == 0, result.stderr
     model, load_options, prompt, params = seen
     assert model == "m"
-    assert load_options == {"dtype": "float32", "dequantize": True, "qkv": "plain"}
+    assert load_options == {
+        "dtype": "float32",
+        "dequantize": True,
+        "qkv": "plain",
+        "mesh": "tensor=2",
+        "rules": "throughput",
+        "random_weights": 4,
+        "layers": 2,
+        "progress": None,
+    }
     assert prompt == [{"role": "user", "content": "hi"}]
     assert params == mj.SamplingParams(
         max_tokens=5, temperature=0.5, top_p=0.9, top_k=7, min_p=0.1, seed=3, stop=["a", "b"]
@@ -154,7 +169,7 @@ def test_statistics_count_no_compilation(monkeypatch, capsys):
             return sum(s for at, s in ((99.0, 5.0), (102.0, 1.0), (104.0, 2.0)) if at <= until)
 
     err = Console(stderr=True, soft_wrap=True)
-    cli._print_statistics(err, output, False, Clock(), 5.0, 100.0)  # type: ignore[arg-type]
+    _print_statistics(err, output, False, Clock(), 5.0, 100.0)  # type: ignore[arg-type]
     assert capsys.readouterr().err.splitlines() == [
         "prefill: 10 tokens, 5.0 tokens/s; first token after 3.00 s, 1.00 s of it compiling",
         "decode: 9 tokens, 4.0 tokens/s; 2.00 s of compiling not counted",

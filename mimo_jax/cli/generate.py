@@ -1,0 +1,163 @@
+"""`mimo-jax generate`: a completion on stdout as it comes, statistics on stderr."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+import mimo_jax
+from mimo_jax.cli import options
+from mimo_jax.cli.console import INTERRUPTED, printable, readable_errors
+from sharding import distributed as jobs
+
+if TYPE_CHECKING:
+    from mimo_jax.api import LanguageModel, Stream
+    from mimo_jax.decoding.outputs import GenerationOutput
+    from mimo_jax.engine.metrics import CompileClock
+
+
+def generate(
+    prompt: Annotated[str, typer.Option(help="Text to continue; - reads it from stdin.")],
+    model: options.Model = "mimo-tiny",
+    chat: Annotated[bool, typer.Option("--chat", help="Send it as a user's message.")] = False,
+    max_tokens: Annotated[int | None, typer.Option(help="Most tokens to generate [256].")] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy decoding [1].")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Most probable tokens of this mass.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="This many most probable tokens.")] = None,
+    min_p: Annotated[float | None, typer.Option(help="Least fraction of the best one's.")] = None,
+    seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="Text to end before; repeatable.")] = None,
+    dtype: options.Dtype = None,
+    dequantize: options.Dequantize = False,
+    qkv: options.QKV = None,
+    mesh: options.Mesh = None,
+    rules: options.Rules = "latency",
+    random_weights: Annotated[
+        int | None,
+        typer.Option(
+            metavar="SEED",
+            help="Make weights up on the devices; MODEL may be a configuration's name.",
+        ),
+    ] = None,
+    layers: options.Layers = None,
+    distributed: options.Distributed = False,
+) -> None:
+    """Continue a prompt: its text on stdout as it comes, statistics on stderr.
+
+    A model without a tokenizer reads the prompt's bytes as tokens, and token ids are printed.
+    """
+    with readable_errors():
+        if distributed:
+            jobs.initialize()
+        quiet = not jobs.is_leader()
+        fields = {
+            "max_tokens": max_tokens,
+            "temperature": temperature,
+            "top_p": top_p,
+            "top_k": top_k,
+            "min_p": min_p,
+            "seed": seed,
+            "stop": stop,
+        }
+        params = mimo_jax.SamplingParams.from_dict(fields)
+        text = sys.stdin.read() if prompt == "-" else prompt
+        jobs.require_agreement("the command", repr((model, params, text)))
+        from mimo_jax.engine.metrics import CompileClock
+
+        err = Console(stderr=True, highlight=False, markup=False, soft_wrap=True, quiet=quiet)
+        with CompileClock() as clock:
+            lm = _load(
+                model,
+                quiet,
+                dtype=dtype,
+                dequantize=dequantize,
+                qkv=qkv,
+                mesh=mesh,
+                rules=rules,
+                random_weights=random_weights,
+                layers=layers,
+            )
+            loading = clock.seconds()
+            started = time.perf_counter()
+            messages = [{"role": "user", "content": text}] if chat else text
+            as_bytes = lm.tokenizer is None and not chat
+            stream = lm.stream(list(text.encode()) if as_bytes else messages, params)
+            with err.status("compiling, and reading the prompt") as status:
+                out = Console(highlight=False, markup=False, quiet=quiet)
+                interrupted = _write(stream, out, status.stop, "" if chat else text)
+        output = stream.output
+        if as_bytes and not quiet:
+            print(*output.token_ids)
+        _print_statistics(err, output, interrupted, clock, loading, started)
+    if interrupted:
+        raise typer.Exit(INTERRUPTED)
+
+
+def _load(model: str, quiet: bool, **how: Any) -> LanguageModel:
+    """The model, with a progress bar on a terminal."""
+    from mimo_jax.checkpoint.progress import progress_bar
+
+    with contextlib.nullcontext() if quiet else progress_bar(f"loading {model}") as progress:
+        return mimo_jax.load(model, progress=progress, **how)
+
+
+def _write(stream: Stream, out: Console, before_first: Any, prompt: str) -> bool:
+    """Writes text to stdout as it comes; returns whether Ctrl-C ended it.
+
+    A terminal shows the prompt too, dimmed; a pipe gets nothing but the completion.
+    """
+    interrupted, last = False, "\n"
+    try:
+        for piece in stream:
+            before_first()
+            if out.is_terminal:
+                out.out(printable(prompt), style="dim", end="", highlight=False)
+                prompt, piece = "", printable(piece)
+            if not out.quiet:
+                out.file.write(piece)  # rich would drop some characters
+                out.file.flush()
+            last = piece[-1]
+    except KeyboardInterrupt:
+        interrupted = True
+    before_first()
+    if out.is_terminal and last != "\n":
+        out.file.write("\n")
+    return interrupted
+
+
+def _print_statistics(
+    err: Console,
+    output: GenerationOutput,
+    interrupted: bool,
+    clock: CompileClock,
+    loading: float,
+    started: float,
+) -> None:
+    """Prints counts and rates; compiling is told apart and counts in no rate.
+
+    Args:
+      err: where to.
+      output: what was generated.
+      interrupted: whether Ctrl-C ended it.
+      clock: seconds of compilation, of which `loading` belong to loading.
+      started: when generation began, of `time.perf_counter`.
+    """
+    m = output.metrics
+    if m.generated_tokens:
+        first = clock.seconds(until=started + m.ttft_s) - loading
+        later = clock.seconds() - loading - first
+        prefill, steps = m.ttft_s - first, m.generated_tokens - 1
+        line = f"prefill: {m.prompt_tokens} tokens, {m.prompt_tokens / prefill:.1f} tokens/s; "
+        err.print(f"{line}first token after {m.ttft_s:.2f} s, {first:.2f} s of it compiling")
+        line = f"decode: {m.generated_tokens} tokens"
+        decode = m.tpot_s * steps - later
+        if steps and decode > 0:
+            line += f", {steps / decode:.1f} tokens/s; {later:.2f} s of compiling not counted"
+        err.print(line)
+    reason = "interrupted" if interrupted else output.finish_reason
+    err.print(f"finish reason: {reason}")

@@ -1,0 +1,38 @@
+"""Options that several commands have, with the same meaning in each."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import typer
+
+Model = Annotated[str, typer.Option(help="Bundled name, folder or hub id.")]
+Dtype = Annotated[
+    Literal["bfloat16", "float16", "float32"] | None,
+    typer.Option(help="Compute type instead of the model's."),
+]
+Dequantize = Annotated[
+    bool, typer.Option("--dequantize", help="Expand FP8 and MXFP4 weights when loading.")
+]
+QKV = Annotated[
+    Literal["interleaved", "plain", "split"] | None,
+    typer.Option(help="Order of fused QKV rows, where detection is to be overruled."),
+]
+Mesh = Annotated[
+    str | None,
+    typer.Option(help="Devices to split it over, such as expert=2,tensor=4 [one device]."),
+]
+Rules = Annotated[
+    str,
+    typer.Option(
+        help="How to split it: latency, latency_experts, throughput, wide_experts or single."
+    ),
+]
+Layers = Annotated[int | None, typer.Option(help="Only so many of its first layers.")]
+Distributed = Annotated[
+    bool,
+    typer.Option(
+        "--distributed",
+        help="Be one process of a job that Slurm, Open MPI, Kubernetes or a TPU pod started.",
+    ),
+]
