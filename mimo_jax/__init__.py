@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from mimo_jax.decoding.sampling import SamplingParams
     from mimo_jax.model.backbone import MiMo
     from mimo_jax.model.cache import KVCache, init_cache
+    from sharding.rules import ShardingRules
 
 __version__ = "0.1.0"
 
@@ -31,6 +32,7 @@ __all__ = [
     "MiMo",
     "MiMoConfig",
     "SamplingParams",
+    "ShardingRules",
     "init_cache",
     "load",
     "presets",
@@ -46,9 +48,13 @@ _HOMES = {
     "mimo_jax.decoding.sampling": ("SamplingParams",),
     "mimo_jax.model.backbone": ("MiMo",),
     "mimo_jax.model.cache": ("KVCache", "init_cache"),
+    "sharding.rules": ("ShardingRules",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
-_MODULES = ("api", "checkpoint", "config", "decoding", "engine", "model", "quant", "tokenizer")
+_MODULES = (
+    *("api", "checkpoint", "config", "decoding", "engine", "model", "planning", "quant"),
+    "tokenizer",
+)
 
 
 def __getattr__(name: str) -> Any:

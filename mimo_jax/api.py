@@ -23,6 +23,7 @@ from mimo_jax.decoding.autoregressive import Decoder, bucket
 from mimo_jax.decoding.outputs import GenerationOutput, Metrics, Row
 from mimo_jax.decoding.sampling import SamplingParams, sample_seed
 from mimo_jax.model.backbone import MiMo
+from sharding import distributed
 from sharding.mesh import make_mesh, use
 from sharding.rules import ShardingRules
 from sharding.types import entries, reshard
@@ -235,7 +236,7 @@ class LanguageModel:
             raise ValueError(f"{len(listed)} prompts but {len(each)} SamplingParams; give one each")
         ids = [self.encode(prompt) for prompt in listed]
         rows = [(i, k) for i, p in enumerate(each) for k in range(p.n)]
-        seeds = [secrets.randbits(63) if p.seed is None else p.seed for p in each]
+        seeds = [_some_seed() if p.seed is None else p.seed for p in each]
         done: list[list[tuple[Row, float]]] = [[] for _ in listed]
         for begin in range(0, len(rows), batch_size):
             part = rows[begin : begin + batch_size]
@@ -309,7 +310,7 @@ class Stream:
     def __init__(self, lm: LanguageModel, prompt: list[int], params: SamplingParams):
         self._prompt = prompt
         self._row = Row(params, lm.tokenizer, lm.eos_ids)
-        seed = secrets.randbits(63) if params.seed is None else params.seed
+        seed = _some_seed() if params.seed is None else params.seed
         self._pieces = lm._run([self._row], [prompt], [seed], None)
         self._started = time.perf_counter()
 
@@ -358,6 +359,11 @@ def _listed(prompts: Any) -> Sequence[Prompt]:
     if prompts and isinstance(prompts[0], int | np.integer | Mapping):
         return [prompts]
     return prompts
+
+
+def _some_seed() -> int:
+    """A seed for a request that has none; the same in every process of a job."""
+    return int(distributed.from_leader("a seed", str(secrets.randbits(63))))
 
 
 def _output(prompt: list[int], rows: Sequence[tuple[Row, float]]) -> GenerationOutput:

@@ -27,7 +27,7 @@ from rich.rule import Rule
 from rich.table import Table
 
 import mimo_jax as mj
-from mimo_jax.cli import FAILED, INTERRUPTED, USAGE, printable
+from mimo_jax.cli import FAILED, INTERRUPTED, USAGE, options, printable
 from mimo_jax.engine.jsonl import Failure, Request, Results, ResultsError, read_requests
 from mimo_jax.engine.metrics import CompileClock
 
@@ -144,6 +144,8 @@ def main(
     top_k: Annotated[int | None, typer.Option(help="Default of the lines [0: all].")] = None,
     min_p: Annotated[float | None, typer.Option(help="Default of the lines [0].")] = None,
     preview: Annotated[int, typer.Option(min=0, help="Completions to show at the end.")] = 3,
+    mesh: options.Mesh = None,
+    rules: options.Rules = "latency",
 ) -> None:
     """Complete the prompts of a JSONL file with a model; the same command continues a run."""
     err = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
@@ -164,7 +166,8 @@ def main(
             err.print(f"{out_path} has {len(results.records)} lines already: going on")
         results.add_failures(failures)
         if not {request.id for request in requests} <= results.completed.keys():
-            run_batches(mj.load(model), requests, results, batch_size, totals, err)
+            lm = mj.load(model, mesh=mesh, rules=rules)
+            run_batches(lm, requests, results, batch_size, totals, err)
     except KeyboardInterrupt:
         safe = 0 if results is None else len(results.records)
         err.print(f"interrupted: {safe} lines are safe in {out_path}; run it again to go on")

@@ -27,6 +27,7 @@ WITHIN = {
     "model": {"config", "quant"},
     "checkpoint": {"config", "quant", "model"},
     "decoding": {"config", "quant", "model", "tokenizer"},
+    "planning": {"config", "quant", "model"},
     "engine": {"config", "quant", "model", "decoding", "tokenizer"},
     "api": {"config", "quant", "model", "checkpoint", "decoding", "engine", "tokenizer"},
     ".": {"config", "quant", "model", "checkpoint", "decoding", "engine", "tokenizer", "api"},

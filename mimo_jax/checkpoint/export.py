@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from mimo_jax.checkpoint.building import value_format
 from mimo_jax.checkpoint.errors import Problem
 from mimo_jax.checkpoint.layout import Layout
 from mimo_jax.checkpoint.names import (
@@ -31,17 +32,11 @@ from mimo_jax.checkpoint.qkv import (
     unfuse_fp8,
 )
 from mimo_jax.checkpoint.safetensors_file import Entry
-from mimo_jax.model.parameters import Format, ParamSpec, QKVRows
-from mimo_jax.quant import FP8_BLOCK, FP8Array, MXFP4Array
+from mimo_jax.checkpoint.values import to_host
+from mimo_jax.model.parameters import ParamSpec, QKVRows
+from mimo_jax.quant import FP8_BLOCK, FP8Array
 
 Values = Mapping[str, tuple[ParamSpec, Any]]
-
-
-def value_format(value: Any) -> Format:
-    """How a parameter is held in memory."""
-    if isinstance(value, FP8Array):
-        return "fp8"
-    return "mxfp4" if isinstance(value, MXFP4Array) else "plain"
 
 
 def export(values: Values, layout: Layout) -> tuple[list[Entry], list[Problem]]:
@@ -64,10 +59,10 @@ def export(values: Values, layout: Layout) -> tuple[list[Entry], list[Problem]]:
             entries += _stacked(spec, value, values)
         elif "{}" in spec.name:
             for e in range(spec.shape[0]):
-                entries += _matrix(spec.name.format(e), value, e)
+                entries += _matrix(spec.name.format(e), value, spec.tensor_shape, e)
         else:
             (name,) = weight_shapes(spec, layout)
-            entries += _matrix(name, value, ...)
+            entries += _matrix(name, value, spec.tensor_shape)
     return entries, problems
 
 
@@ -97,32 +92,34 @@ def _entry(name: str, like: Any, shape: tuple[int, ...], read: Callable[[], np.n
     return Entry(name, np.dtype(like.dtype), shape, read)
 
 
-def _array(name: str, array: Any, index: Any) -> Entry:
-    """One array, or one item of a stack, as it is."""
-    shape = tuple(array.shape) if index is ... else tuple(array.shape[1:])
-    return _entry(name, array, shape, lambda: np.asarray(array)[index])
+def _array(name: str, array: Any, shape: tuple[int, ...], item: int | None = None) -> Entry:
+    """One array, or one item of a stack, in the shape it is stored in."""
+    return _entry(name, array, shape, lambda: to_host(array, item).reshape(shape))
 
 
-def _matrix(name: str, value: Any, index: Any) -> Iterable[Entry]:
-    """A weight with its scales, if it has any."""
+def _matrix(
+    name: str, value: Any, shape: tuple[int, ...], item: int | None = None
+) -> Iterable[Entry]:
+    """A weight of this shape with its scales, if it has any."""
     fmt = value_format(value)
     if fmt == "plain":
-        return [_array(name, value, index)]
-    scale = name + SCALE_SUFFIX[fmt]
-    return [_array(name, value.codes, index), _array(scale, value.scales, index)]
+        return [_array(name, value, shape, item)]
+    arrays = {name: value.codes, name + SCALE_SUFFIX[fmt]: value.scales}
+    lead = 0 if item is None else 1
+    return [_array(n, a, tuple(a.shape[lead:]), item) for n, a in arrays.items()]
 
 
 def _stacked(spec: ParamSpec, value: Any, values: Values) -> Iterable[Entry]:
     """All experts of a layer in one tensor, as transformers has them."""
     name = stacked_name(spec)
     if spec.name.endswith("down_proj.weight"):
-        return [_array(name, value, ...)]
+        return [_array(name, value, tuple(value.shape))]
     if spec.name.endswith("up_proj.weight"):
         return []  # part of the gate's tensor
     _, up = values[spec.name.replace("gate_proj", "up_proj")]
 
     def read() -> np.ndarray:
-        return np.concatenate([np.asarray(value), np.asarray(up)], axis=1)
+        return np.concatenate([to_host(value), to_host(up)], axis=1)
 
     return [_entry(name, value, stacked_shape(spec), read)]
 
@@ -154,7 +151,7 @@ def _qkv(spec: ParamSpec, rows: QKVRows, value: Any, layout: Layout) -> Iterable
 
 def _plain_reader(value: Any, rows: QKVRows, layout: Layout, part: int) -> Callable[[], np.ndarray]:
     def read() -> np.ndarray:
-        parts = unfuse(np.asarray(value), rows.q, rows.k)
+        parts = unfuse(to_host(value), rows.q, rows.k)
         if layout.qkv == "split":
             return parts[part]
         fused = fuse(parts, layout.chunks if layout.qkv == "interleaved" else 1)
@@ -169,7 +166,7 @@ def _fp8_reader(
     """Reads codes (which = 0) or scales (1) of Q, K, V (part = 0, 1, 2) or of the fused matrix."""
 
     def read() -> np.ndarray:
-        host = FP8Array(np.asarray(value.codes), np.asarray(value.scales))
+        host = FP8Array(to_host(value.codes), to_host(value.scales))
         if split:
             return unfuse_fp8(host, rows)[which][part]
         fused = rechunk_fp8(host, rows, chunks)

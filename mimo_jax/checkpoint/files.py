@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -13,6 +14,17 @@ from mimo_jax.checkpoint.safetensors_file import StoredTensor, loads_unique, ope
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+# Files that belong to the tokenizer and are copied as they are.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+)
 
 
 class UnsafePathError(ValueError):
@@ -39,6 +51,14 @@ def inside(root: Path, name: str) -> Path:
     if not any(target.is_relative_to(a) for a in allowed):
         raise UnsafePathError(f"{name!r} links to {target}, outside of {home}")
     return path
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copies what is there of a checkpoint's tokenizer to another checkpoint's folder."""
+    for name in TOKENIZER_FILES:
+        file = source / name
+        if file.is_file() and file.resolve() != (target / name).resolve():
+            shutil.copyfile(file, target / name)
 
 
 @dataclasses.dataclass

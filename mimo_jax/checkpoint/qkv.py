@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from mimo_jax.model.parameters import QKVRows
-from mimo_jax.quant import FP8_BLOCK, FP8Array, numpy_dequantize
+from mimo_jax.quant import FP8_BLOCK, FP8Array
 
 Matrix = Shaped[np.ndarray, "_ _"]
 Triple = tuple[Matrix, Matrix, Matrix]
@@ -90,18 +90,3 @@ def unfuse_fp8(w: FP8Array, rows: QKVRows) -> tuple[Triple, Triple]:
 def rechunk_fp8(w: FP8Array, rows: QKVRows, chunks: int) -> FP8Array:
     """The same weights in another number of chunks, in both of which they are `aligned`."""
     return w if w.shape[0] == chunks else fuse_fp8(*unfuse_fp8(w, rows), chunks)
-
-
-def dequantize_split(
-    codes: Triple, scales: Triple, total: QKVRows, chunks: int, *, shared: bool
-) -> Triple:
-    """float32 Q, K and V of a split FP8 layer, whatever its blocks are aligned to."""
-    q, k, v = codes
-    if not shared:
-        dense = [numpy_dequantize(FP8Array(c, s)) for c, s in zip(codes, scales, strict=True)]
-        return dense[0], dense[1], dense[2]
-    rows = chunk_rows(total, chunks)
-    none = np.zeros((0, q.shape[-1]), q.dtype), np.zeros((0, scales[0].shape[-1]), np.float32)
-    together = fuse_fp8((none[0], k, v), (none[1], *scales[1:]), chunks)
-    _, k_dense, v_dense = unfuse(numpy_dequantize(together), 0, rows.k)
-    return numpy_dequantize(FP8Array(q, scales[0])), k_dense, v_dense

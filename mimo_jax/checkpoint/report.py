@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import math
+from collections.abc import Iterable
 from pathlib import Path
 
+import jax
+
+from mimo_jax.checkpoint.converted import Description, is_converted
+from mimo_jax.checkpoint.converted import describe as describe_converted
 from mimo_jax.checkpoint.errors import Problem, describe
 from mimo_jax.checkpoint.layout import Layout, qkv_layout
 from mimo_jax.checkpoint.names import MTP_PREFIX, MULTIMODAL
+from mimo_jax.checkpoint.safetensors_file import DTYPE_NAMES
 from mimo_jax.checkpoint.survey import Survey, survey
 from mimo_jax.config import DFlashConfig, MiMoConfig
 
@@ -108,7 +115,10 @@ def inspect(folder: str | Path, *, qkv: str | None = None) -> Report:
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder; give the folder of a checkpoint")
-    found = survey(folder, qkv=qkv_layout(qkv))
+    order = qkv_layout(qkv)
+    if is_converted(folder):
+        return _of_converted(describe_converted(folder))
+    found = survey(folder, qkv=order)
     drafter = found.drafter
     of_mtp = [s.size for s in found.specs if s.name.startswith(MTP_PREFIX)]
     return Report(
@@ -131,16 +141,46 @@ def inspect(folder: str | Path, *, qkv: str | None = None) -> Report:
     )
 
 
+def _of_converted(found: Description) -> Report:
+    """The same of a checkpoint that `convert` made, whose tensors are arrays as in memory."""
+    weights: collections.Counter[str] = collections.Counter()
+    arrays = []
+    for part, own in found.arrays.items():
+        for name, value in own.items():
+            weights[part] += math.prod(value.shape)
+            group = part if part == "drafter" else _group(name)
+            for array in jax.tree.leaves(value):
+                size = array.size * array.dtype.itemsize
+                arrays.append((group, DTYPE_NAMES[array.dtype], size))
+    return Report(
+        folder=found.folder,
+        config=found.config,
+        layout=found.layout,
+        groups=_sums(arrays),
+        parameters=weights["backbone"],
+        mtp_parameters=weights["mtp"],
+        mtp_blocks=found.mtp_blocks,
+        drafter=found.drafter,
+        drafter_parameters=weights["drafter"],
+        files=len(found.files),
+        skipped=0,
+        problems=tuple(found.problems),
+    )
+
+
 def _groups(found: Survey) -> tuple[Tensors, ...]:
-    count: collections.Counter[tuple[str, str]] = collections.Counter()
-    nbytes: collections.Counter[tuple[str, str]] = collections.Counter()
     tensors = [(_group(t.name), t) for t in found.store.tensors.values()]
     if found.drafter is not None:
         tensors += [("drafter", t) for t in found.drafter.store.tensors.values()]
-    for group, tensor in tensors:
-        count[group, tensor.dtype] += 1
-        nbytes[group, tensor.dtype] += tensor.nbytes
-    return tuple(Tensors(*key, count[key], nbytes[key]) for key in sorted(count))
+    return _sums((group, t.dtype, t.nbytes) for group, t in tensors)
+
+
+def _sums(tensors: Iterable[tuple[str, str, int]]) -> tuple[Tensors, ...]:
+    """Numbers and bytes of tensors by group and element type."""
+    sizes: dict[tuple[str, str], list[int]] = collections.defaultdict(list)
+    for group, dtype, nbytes in tensors:
+        sizes[group, dtype].append(nbytes)
+    return tuple(Tensors(*key, len(sizes[key]), sum(sizes[key])) for key in sorted(sizes))
 
 
 def _group(name: str) -> str:

@@ -1,7 +1,7 @@
 """Reading and writing safetensors files, block-FP8 included.
 
-The library's numpy and flax front ends refuse F8_E4M3 and read whole tensors; this reads any row
-range of any tensor through a memory map, and writes tensors one at a time.  Format: 8 bytes of
+The library's numpy and flax front ends refuse F8_E4M3 and read whole tensors; this reads any range
+of any tensor into memory that the caller has, and writes tensors one at a time.  Format: 8 bytes of
 little-endian header length, a JSON header, then the tensors' bytes without gaps.
 """
 
@@ -12,9 +12,9 @@ import dataclasses
 import functools
 import json
 import math
-import mmap
 import os
 import struct
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -69,21 +69,27 @@ class StoredTensor:
     def __str__(self) -> str:
         return f"{self.dtype} {list(self.shape)}"
 
-    def read(self, rows: slice = slice(None)) -> np.ndarray:
-        """Read-only view of the tensor, or of a contiguous range of its first dimension."""
-        dtype = DTYPES[self.dtype]
-        if rows == slice(None):
-            count, offset, shape = math.prod(self.shape), self.start, self.shape
-        else:
-            first, last, step = rows.indices(self.shape[0])
-            if step != 1:
-                raise ValueError(f"{self.name}: rows must be contiguous, found step {step}")
-            row_size = math.prod(self.shape[1:])
-            shape = (max(0, last - first), *self.shape[1:])
-            count, offset = shape[0] * row_size, self.start + first * row_size * dtype.itemsize
-        if not count:
-            return np.zeros(shape, dtype)
-        return np.frombuffer(self.file.bytes, dtype, count, offset).reshape(shape)
+    def read_into(self, first: int, out: np.ndarray) -> None:
+        """Fills a contiguous array with the elements from number `first` on.
+
+        Reads at a position and not through a memory map: threads then wait for the disk without
+        holding Python's lock, and a file that becomes shorter is an exception and not a signal.
+
+        Raises:
+          OSError: the file cannot be read, or ends too early.
+        """
+        if out.dtype != DTYPES[self.dtype] or not out.flags.c_contiguous:
+            raise ValueError(
+                f"{self.name}: needs a contiguous array of {DTYPES[self.dtype]}, found {out.dtype}"
+            )
+        left = memoryview(out.reshape(-1).view(np.uint8))
+        position = self.start + first * out.itemsize
+        while left:
+            count = os.preadv(self.file.descriptor, [left], position)
+            if not count:
+                raise OSError(f"{self.file.path} ends at byte {position}, inside of {self.name}")
+            left = left[count:]
+            position += count
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -96,10 +102,11 @@ class SafetensorsFile:
     metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
-    def bytes(self) -> mmap.mmap:
-        """The whole file, mapped; pages are read when touched."""
-        with open(self.path, "rb") as f:
-            return mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+    def descriptor(self) -> int:
+        """The open file, as the operating system numbers it; closed with this object."""
+        descriptor = os.open(self.path, os.O_RDONLY)
+        weakref.finalize(self, os.close, descriptor)
+        return descriptor
 
 
 def open_file(path: Path, name: str) -> tuple[SafetensorsFile, list[Problem]]:

@@ -10,12 +10,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import jax
 from flax import nnx
 
+from mimo_jax.checkpoint.building import Loaded, value_format
 from mimo_jax.checkpoint.detect import possible_chunks
 from mimo_jax.checkpoint.errors import CheckpointError, Problem
-from mimo_jax.checkpoint.export import Values, export, value_format
+from mimo_jax.checkpoint.export import Values, export
 from mimo_jax.checkpoint.files import INDEX
 from mimo_jax.checkpoint.layout import (
     Layout,
@@ -24,7 +25,6 @@ from mimo_jax.checkpoint.layout import (
     qkv_layout,
     with_formats,
 )
-from mimo_jax.checkpoint.loading import Loaded
 from mimo_jax.checkpoint.names import (
     MASK_EMBEDDING,
     MTP_PREFIX,
@@ -41,6 +41,7 @@ from mimo_jax.checkpoint.qkv import aligned
 from mimo_jax.checkpoint.safetensors_file import DTYPE_NAMES, Entry, write_file
 from mimo_jax.checkpoint.survey import DRAFTER
 from mimo_jax.checkpoint.torch_file import write_mask_embedding
+from mimo_jax.checkpoint.values import to_host
 from mimo_jax.config import MiMoConfig
 from mimo_jax.model.dflash import DFlash
 from mimo_jax.model.parameters import Format, ParamSpec, parameters
@@ -57,9 +58,9 @@ def save(
 ) -> None:
     """Writes weights, index and config.json, and the drafter in `dflash`.
 
-    Weights are written as they are in memory, quantised or not; what was loaded and is saved in the
-    same layout has the same bytes.  Tokenizer files are the caller's to copy.  Files appear under
-    their names only when all of them are complete, config.json last.
+    Weights are written as they are in memory, quantised or not, on one device or a mesh; what was
+    loaded and is saved in the same layout has the same bytes.  Tokenizer files are the caller's to
+    copy.  Files appear under their names only when all of them are complete, config.json last.
 
     Args:
       folder: an empty or new folder, or one whose weights this overwrites.
@@ -69,11 +70,16 @@ def save(
       max_shard_size: bytes of tensors a file.
 
     Raises:
-      CheckpointError: the layout would need requantising, or values do not fit the config.
+      CheckpointError: the layout would need requantising, values do not fit the config, or several
+        processes hold the model.
       ValueError: `layout` is no layout.
       FileExistsError: the folder holds weights that would be left beside the new ones.
     """
     folder = Path(folder)
+    if jax.process_count() > 1:
+        found = f"{jax.process_count()} processes, each with a part of the weights"
+        expected = "one process that holds all of them"
+        raise CheckpointError(folder, [Problem("cannot be saved", found, expected)])
     config = loaded.config
     if loaded.mtp is None or config.num_nextn_predict_layers is not None:
         config = dataclasses.replace(config, num_nextn_predict_layers=blocks_of(loaded) or None)
@@ -241,7 +247,7 @@ def _stage_drafter(staged: Staged, drafter: DFlash, prefix: str, max_shard_size:
     staged.weights(DRAFTER, files)
     staged.text(f"{DRAFTER}/{INDEX}", _index(files, {}))
     target = staged.path(f"{DRAFTER}/{MASK_EMBEDDING}")
-    write_mask_embedding(target, drafter.config.mask_token_id, np.asarray(embedding))
+    write_mask_embedding(target, drafter.config.mask_token_id, to_host(embedding))
     staged.text(f"{DRAFTER}/config.json", _json(drafter.config.to_dict()))
 
 

@@ -1,46 +1,74 @@
-"""Checks of stored values, and dense weights from quantised ones, a piece at a time."""
+"""Checks of stored values, and copies of values on devices."""
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
+import jax
 import ml_dtypes
 import numpy as np
+from jax.sharding import Mesh
 
+from mimo_jax.checkpoint.errors import Problem
 from mimo_jax.checkpoint.names import SCALE_SUFFIX
-from mimo_jax.quant import (
-    FP8_BLOCK,
-    MXFP4_NAN_SCALE,
-    FP8Array,
-    MXFP4Array,
-    QuantizedArray,
-    numpy_dequantize,
-)
+from mimo_jax.checkpoint.safetensors_file import DTYPES, StoredTensor
+from mimo_jax.quant import MXFP4_NAN_SCALE
 
-# Bytes looked at, and rows dequantised, at a time: temporary copies stay small for any tensor.
-PIECE_BYTES = 1 << 25
-PIECE_ROWS = 32 * FP8_BLOCK
+# Bytes looked at a time.
+PIECE_BYTES = 4 << 20
+# The bits of the first positive value that is not finite.
+INFINITY: dict[np.dtype, int] = {
+    np.dtype(ml_dtypes.float8_e4m3fn): 0x7F,  # the only NaN beside its negative; no infinity
+    np.dtype(ml_dtypes.bfloat16): 0x7F80,
+    np.dtype(np.float16): 0x7C00,
+    np.dtype(np.float32): 0x7F800000,
+}
+# Where what is on one device is computed with, whatever mesh the caller uses.
+NO_MESH = Mesh(np.empty((), object), ())
 
 
-def bad_values(name: str, array: np.ndarray) -> tuple[str, str] | None:
-    """What is wrong with the values of a tensor, and what they should be; None if all is well.
+def any_wrong(name: str, values: np.ndarray) -> bool:
+    """Whether a tensor cannot have one of these values (of which there is one at least).
 
     The name tells what bytes mean: `_scale` are exponents (0 and 255 forbidden), `_scale_inv`
     positive multipliers (MODEL_SPEC 5.2, 5.3).
     """
-    flat = array.reshape(-1)
-    step = max(1, PIECE_BYTES // array.dtype.itemsize)
-    count, first = 0, -1
-    for start in range(0, flat.size, step):
-        wrong = np.flatnonzero(_wrong(name, flat[start : start + step]))
+    # Floats are ordered as the integers of the same bits are, but for the sign.  Largest and
+    # smallest need no memory beside the values, which costs more than reading a file does.
+    size = values.dtype.itemsize
+    signed, unsigned = values.view(f"i{size}"), values.view(f"u{size}")
+    if name.endswith(SCALE_SUFFIX["mxfp4"]) and values.dtype == np.uint8:
+        return bool(unsigned.min() == 0 or unsigned.max() == MXFP4_NAN_SCALE)
+    if values.dtype.kind == "u":
+        return False
+    infinity = INFINITY[values.dtype]
+    if name.endswith(SCALE_SUFFIX["fp8"]):
+        return bool(signed.min() <= 0 or signed.max() >= infinity)
+    negative = infinity | 1 << (8 * size - 1)
+    return bool(signed.max() >= infinity or unsigned.max() >= negative)
+
+
+def bad_values(stored: StoredTensor) -> Problem | None:
+    """What is wrong with the values of a tensor, and what they should be; None if all is well.
+
+    Raises:
+      OSError: the file cannot be read.
+    """
+    dtype, count, first = DTYPES[stored.dtype], 0, ""
+    size, step = stored.nbytes // dtype.itemsize, PIECE_BYTES // dtype.itemsize
+    for begin in range(0, size, step):
+        values = np.empty(min(step, size - begin), dtype)
+        stored.read_into(begin, values)
+        wrong = np.flatnonzero(_wrong(stored.name, values))
         if wrong.size and not count:
-            first = start + int(wrong[0])
+            at = [int(i) for i in np.unravel_index(begin + wrong[0], stored.shape)]
+            first = f"{values[wrong[0]]} at {at}"
         count += wrong.size
     if not count:
         return None
-    at = [int(i) for i in np.unravel_index(first, array.shape)]
-    return f"{count} of {array.size} values ({flat[first]} at {at})", _expected(name, array.dtype)
+    found = f"{count} of {size} values ({first})"
+    expected = _expected(stored.name, dtype)
+    return Problem("bad values", found, expected, stored.name, stored.file.name)
 
 
 def _wrong(name: str, values: np.ndarray) -> np.ndarray:
@@ -48,12 +76,6 @@ def _wrong(name: str, values: np.ndarray) -> np.ndarray:
         return (values == 0) | (values == MXFP4_NAN_SCALE)
     if name.endswith(SCALE_SUFFIX["fp8"]):
         return ~(np.isfinite(values) & (values > 0))
-    if values.dtype.kind == "u":
-        return np.zeros(values.shape, np.bool_)
-    if values.dtype.itemsize == 1:
-        return (values.view(np.uint8) & 0x7F) == 0x7F  # float8_e4m3fn has two NaNs, no infinity
-    if values.dtype == ml_dtypes.bfloat16:
-        return (values.view(np.uint16) & 0x7F80) == 0x7F80
     return ~np.isfinite(values)
 
 
@@ -65,18 +87,26 @@ def _expected(name: str, dtype: np.dtype) -> str:
     return "codes other than NaN" if dtype.itemsize == 1 else "finite numbers"
 
 
-def dense(w: QuantizedArray, dtype: Any) -> np.ndarray:
-    """Dense weights of a quantised array on the host, rounded once to `dtype`."""
-    out = np.empty(w.shape, dtype)
-    for lead in itertools.product(*map(range, w.shape[:-2])):
-        for start in range(0, w.shape[-2], PIECE_ROWS):
-            rows = slice(start, start + PIECE_ROWS)
-            out[lead][rows] = numpy_dequantize(_rows(w, lead, rows)).astype(dtype)
+def to_host(array: Any, item: int | None = None) -> np.ndarray:
+    """An array, or one item of its first dimension, on the host.
+
+    Of an array on devices no more than that is copied, and jax keeps no copy with the array (as it
+    does for `np.asarray`), so that saving needs memory for one tensor.
+    """
+    if not isinstance(array, jax.Array):
+        return np.asarray(array) if item is None else np.asarray(array)[item]
+    out = np.empty(array.shape if item is None else array.shape[1:], array.dtype)
+    with jax.set_mesh(NO_MESH):
+        for shard in array.addressable_shards:
+            if shard.replica_id:
+                continue
+            data, index = shard.data, shard.index
+            if item is None:
+                data = jax.make_array_from_single_device_arrays(data.shape, data.sharding, [data])
+            else:
+                begin, end, _ = index[0].indices(array.shape[0])
+                if not begin <= item < end:
+                    continue
+                data, index = data[item - begin], index[1:]
+            out[index] = np.asarray(data)
     return out
-
-
-def _rows(w: QuantizedArray, lead: tuple[int, ...], rows: slice) -> QuantizedArray:
-    if isinstance(w, MXFP4Array):
-        return MXFP4Array(w.codes[lead][rows], w.scales[lead][rows])
-    in_blocks = slice(rows.start // FP8_BLOCK, -(-rows.stop // FP8_BLOCK))
-    return FP8Array(w.codes[lead][rows], w.scales[lead][in_blocks])

@@ -36,7 +36,7 @@ def weights_by_module(module: Any) -> dict[str, np.ndarray]:
         elif "{}" in name:
             weights |= {name.format(e): w for e, w in enumerate(value)}
         else:
-            weights[name] = value
+            weights[name] = value.reshape(spec.tensor_shape)
     return weights
 
 

@@ -18,7 +18,7 @@ def test_report_of_a_release(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     def refuse(*_: object) -> None:
         raise AssertionError("inspect must not read weights")
 
-    monkeypatch.setattr(safetensors_file.StoredTensor, "read", refuse)
+    monkeypatch.setattr(safetensors_file.StoredTensor, "read_into", refuse)
     report = checkpoint.inspect(folder)
     assert report.config == loaded.config
     assert report.layout == loaded.layout

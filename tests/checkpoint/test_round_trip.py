@@ -24,6 +24,7 @@ from mimo_jax.model.dflash import DFlash
 from mimo_jax.model.mtp import MTP
 from mimo_jax.model.parameters import Make, ParamSpec, parameters
 from mimo_jax.quant import FP8Array, MXFP4Array
+from sharding.mesh import make_mesh, use
 
 
 def index(folder: Path) -> dict[str, Any]:
@@ -39,6 +40,26 @@ def test_same_bytes(name: str, tmp_path: Path) -> None:
     again = checkpoint.load(tmp_path / "out")
     assert again.config == loaded.config
     assert again.layout == loaded.layout
+
+
+@pytest.mark.parametrize(
+    ("rules", "mesh", "qkv", "inside"),
+    [
+        ("latency", "expert=2,tensor=2", "split", False),
+        ("throughput", "data=2,expert=2,tensor=2", "interleaved", True),
+    ],
+)
+def test_same_bytes_from_a_mesh(
+    rules: str, mesh: str, qkv: str, inside: bool, tmp_path: Path
+) -> None:
+    """Also in the context in which such a model is computed with."""
+    release, on_mesh = make_release(qkv=qkv, drafter=True), make_mesh(mesh)
+    loaded = checkpoint.load(release.write(tmp_path / "in"), mesh=on_mesh, rules=rules)
+    with use(on_mesh if inside else None):
+        checkpoint.save(tmp_path / "out", loaded)
+    assert read_tensors(tmp_path / "out") == stored_tensors(release)
+    assert release.drafter is not None
+    assert read_tensors(tmp_path / "out" / "dflash") == stored_tensors(release.drafter)
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -1,13 +1,13 @@
 """Our safetensors files against the library's."""
 
+import gc
+import os
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
 import safetensors
-from hypothesis import given
-from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from mimo_jax.checkpoint.safetensors_file import DTYPES, Entry, open_file, write_file
@@ -50,7 +50,8 @@ def test_we_read_what_the_library_writes(tmp_path: Path) -> None:
     assert problems == []
     assert file.metadata == {"format": "pt"}
     for name, array in arrays.items():
-        read = file.tensors[name].read()
+        read = np.empty(array.shape, DTYPES[file.tensors[name].dtype])
+        file.tensors[name].read_into(0, read)
         assert read.dtype == array.dtype
         np.testing.assert_array_equal(read, array)
 
@@ -70,31 +71,57 @@ def test_data_is_aligned(tmp_path: Path) -> None:
     assert list(file.tensors) == ["scales", "norm", "codes"]
 
 
-@given(
-    shape=st.lists(st.integers(0, 5), min_size=1, max_size=3),
-    first=st.integers(-7, 7),
-    last=st.integers(-7, 7),
-)
-def test_row_ranges(
-    shape: list[int], first: int, last: int, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    """Any range of rows, as numpy slices."""
-    array = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
-    path = tmp_path_factory.mktemp("rows") / "x.safetensors"
-    write_file(path, [entry("other", np.ones(3, np.uint8)), entry("a", array)], {})
-    file, problems = open_file(path, "x")
-    assert problems == []
-    np.testing.assert_array_equal(file.tensors["a"].read(slice(first, last)), array[first:last])
-
-
-def test_rows_are_contiguous_and_read_only(tmp_path: Path) -> None:
+def test_any_range_is_read_into_memory_given(tmp_path: Path) -> None:
+    array = np.arange(35, dtype=np.float32).reshape(5, 7)
     path = tmp_path / "x.safetensors"
-    write_file(path, [entry("a", np.arange(6, dtype=np.float32).reshape(3, 2))], {})
+    write_file(path, [entry("other", np.ones(3, np.uint8)), entry("a", array)], {})
     tensor = open_file(path, "x")[0].tensors["a"]
-    with pytest.raises(ValueError, match="rows must be contiguous, found step 2"):
-        tensor.read(slice(0, 3, 2))
-    with pytest.raises(ValueError, match="read-only"):
-        tensor.read()[0, 0] = 1.0
+    for first in range(36):
+        for size in range(36 - first):
+            out = np.zeros(size, np.float32)
+            tensor.read_into(first, out)
+            np.testing.assert_array_equal(out, array.reshape(-1)[first : first + size])
+
+
+def test_reads_that_are_cut_short_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The operating system may give fewer bytes than asked for: 2 GB at most, less on a signal."""
+    array = np.arange(35, dtype=np.float32)
+    path = tmp_path / "x.safetensors"
+    write_file(path, [entry("a", array)], {})
+    tensor, real = open_file(path, "x")[0].tensors["a"], os.preadv
+    monkeypatch.setattr(os, "preadv", lambda file, to, at: real(file, [to[0][:11]], at))
+    out = np.zeros(35, np.float32)
+    tensor.read_into(0, out)
+    np.testing.assert_array_equal(out, array)
+
+
+def test_a_file_that_became_shorter_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    write_file(path, [entry("a", np.arange(6, dtype=np.float32))], {})
+    tensor = open_file(path, "x")[0].tensors["a"]
+    os.truncate(path, path.stat().st_size - 4)
+    with pytest.raises(OSError, match=r"x.safetensors ends at byte .*, inside of a"):
+        tensor.read_into(0, np.zeros(6, np.float32))
+
+
+@pytest.mark.parametrize("out", [np.zeros(4), np.zeros((4, 2), np.float32)[:, 0]])
+def test_reads_into_contiguous_memory_of_its_type(out: np.ndarray, tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    write_file(path, [entry("a", np.arange(6, dtype=np.float32))], {})
+    with pytest.raises(ValueError, match="a: needs a contiguous array of float32"):
+        open_file(path, "x")[0].tensors["a"].read_into(0, out)
+
+
+def test_files_are_closed_with_their_last_tensor(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    write_file(path, [entry("a", np.arange(6, dtype=np.float32))], {})
+    tensor = open_file(path, "x")[0].tensors["a"]
+    descriptor = tensor.file.descriptor
+    os.fstat(descriptor)
+    del tensor
+    gc.collect()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(descriptor)
 
 
 def test_arrays_must_be_as_announced(tmp_path: Path) -> None:

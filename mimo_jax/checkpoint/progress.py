@@ -1,0 +1,45 @@
+"""The progress of loading, for people at a terminal."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+from mimo_jax.checkpoint import streaming
+
+
+@contextlib.contextmanager
+def progress_bar(what: str) -> Iterator[streaming.Progress | None]:
+    """A bar on stderr with bytes and bytes a second; it vanishes at the end.
+
+    Yields:
+      What `load` calls; None where stderr is not a terminal, and then nothing is printed.
+    """
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield None
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(what, total=None)
+
+        def update(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        yield update
