@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import secrets
-import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,17 +29,6 @@ from sharding.types import entries, reshard
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]] | np.ndarray
 
-# Files of a checkpoint folder that belong to the tokenizer and are copied as they are.
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "generation_config.json",
-)
 _CACHE_VARIABLE = "MIMO_JAX_COMPILATION_CACHE"
 
 
@@ -124,10 +112,7 @@ def save_pretrained(lm: LanguageModel, folder: str | Path) -> None:
     """
     folder = Path(folder)
     checkpoint.save(folder, lm.loaded)
-    for name in TOKENIZER_FILES:
-        source = lm.loaded.folder / name
-        if source.is_file() and source.resolve() != (folder / name).resolve():
-            shutil.copyfile(source, folder / name)
+    checkpoint.copy_tokenizer(lm.loaded.folder, folder)
 
 
 class LanguageModel:

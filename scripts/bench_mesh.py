@@ -11,6 +11,7 @@ result has the bytes that the plan said beside those that the devices report.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import time
@@ -26,6 +27,7 @@ from mimo_jax.decoding.autoregressive import STEPS
 from mimo_jax.engine.metrics import CompileClock
 from mimo_jax.model.cache import init_cache
 from mimo_jax.model.parameters import parameters
+from mimo_jax.planning import make_plan
 
 GIB = 2**30
 
@@ -57,7 +59,7 @@ def generate(lm: mj.LanguageModel, prompts: list[list[int]], n: int, max_len: in
     times = [time.perf_counter()]
     for _ in lm.decoder.blocks(prompts, params, [0] * len(prompts), max_len=max_len):
         times.append(time.perf_counter())
-    return [b - a for a, b in zip(times, times[1:])]
+    return [b - a for a, b in itertools.pairwise(times)]
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
@@ -80,10 +82,19 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     result["parameters"] = sum(p.spec.size for _, p in parameters(lm.model))
     result["weight_bytes"] = array_bytes(lm.model)
     result["memory_after_init"] = device_memory()
-    rows = -(-args.batch // (lm.placement.batch_ways if lm.placement else 1))
-    cache = jax.eval_shape(lambda: init_cache(lm.config, args.batch, args.max_len))
-    result["cache_bytes_all_devices"] = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(cache))
-    result["rows_per_device"] = rows
+    plan = make_plan(
+        lm.config,
+        device=args.device,
+        mesh=args.mesh or "",
+        rules=args.rules if args.mesh else "single",
+        batch=args.batch,
+        context=args.max_len,
+        prompt=args.prompt,
+    )
+    result["plan"] = plan.to_dict()
+    result["cache_bytes"] = array_bytes(
+        init_cache(lm.config, args.batch, args.max_len, placement=lm.placement)
+    )
 
     ids = np.random.default_rng(args.seed).integers(0, 1000, (args.batch, args.prompt)).tolist()
     n = 1 + STEPS * args.dispatches
@@ -105,13 +116,17 @@ def show(result: dict[str, Any]) -> None:
     a = result["arguments"]
     print(f"{a['model']}, {result['layers']} layers, {result['parameters'] / 1e9:.1f} B parameters")
     print(f"{result['devices']} x {result['device']}, mesh {a['mesh']}, {result['rules']}")
-    print(f"weights a device: {result['weight_bytes'] / GIB:.3f} GiB")
+    spent = result["plan"]["memory"]
+    for what, name in (("weights", "weight_bytes"), ("KV cache", "cache_bytes")):
+        planned, real = spent[what] / GIB, result[name] / GIB
+        print(f"{what} a device: {real:.3f} GiB, planned {planned:.3f} GiB")
     in_use = largest(result["memory_after_init"], "bytes_in_use")
     if in_use is not None:
         print(f"in use after init, as the device says: {in_use / GIB:.3f} GiB")
         peak = largest(result["memory_after_run"], "peak_bytes_in_use") or 0
         limit = largest(result["memory_after_run"], "bytes_limit") or 0
-        print(f"peak: {peak / GIB:.2f} GiB of {limit / GIB:.2f} GiB")
+        print(f"peak: {peak / GIB:.2f} GiB of {limit / GIB:.2f} GiB; planned, with an estimate of")
+        print(f"  the workspace, {spent['needed'] / GIB:.2f} GiB")
     print(f"made in {result['init_s']:.1f} s, {result['init_compile_s']:.1f} s of it compiling")
     print(f"first run {result['first_run_s']:.1f} s, {result['compile_s']:.1f} s of it compiling")
     tokens = a["batch"] * a["prompt"]
@@ -126,6 +141,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="only so many of its layers")
     parser.add_argument("--mesh", help="such as expert=2,tensor=2; one device by default")
     parser.add_argument("--rules", default="latency", help="how to split it")
+    parser.add_argument("--device", default="h100", help="kind of device, for the plan")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--prompt", type=int, default=512, help="tokens a row")
     parser.add_argument("--max-len", type=int, default=1024, help="length of the cache")

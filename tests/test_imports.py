@@ -33,7 +33,7 @@ WITHIN = {
     ".": {"config", "quant", "model", "checkpoint", "decoding", "engine", "tokenizer", "api"},
     "cli": {
         *("config", "quant", "model", "checkpoint", "decoding", "engine", "tokenizer", "api"),
-        ".",
+        *("planning", "."),
     },
     "__main__": {"cli"},
 }

@@ -98,8 +98,9 @@ class Placement:
     def device_bytes(self, spec: ParamSpec, value: Any) -> int:
         """Bytes of a parameter's value (arrays, or shapes with dtypes) on each device."""
         parts = jax.tree.map(
-            lambda array, sharding: math.prod(sharding.shard_shape(array.shape))
-            * array.dtype.itemsize,
+            lambda array, sharding: (
+                math.prod(sharding.shard_shape(array.shape)) * array.dtype.itemsize
+            ),
             value,
             self.shardings(spec, value),
         )

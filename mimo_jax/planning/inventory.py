@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
@@ -10,7 +11,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from mimo_jax.config import DFlashConfig, MiMoConfig
+from mimo_jax.config import DFlashConfig, LayerSpec, MiMoConfig
 from mimo_jax.model.backbone import MiMo
 from mimo_jax.model.dflash import DFlash
 from mimo_jax.model.mtp import MTP
@@ -97,6 +98,12 @@ def inventory(
     if drafter is not None:
         found += _alike(form(lambda make: DFlash(drafter, make)), "drafter")
     return tuple(found)
+
+
+@functools.lru_cache(maxsize=8)
+def layer_kinds(config: MiMoConfig) -> dict[LayerSpec, int]:
+    """How many layers there are of each kind; `index` is 0 in all."""
+    return dict(collections.Counter(dataclasses.replace(s, index=0) for s in config.layers))
 
 
 def place(held: Sequence[Held], placement: Placement) -> list[Placed]:

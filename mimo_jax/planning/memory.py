@@ -15,7 +15,7 @@ from mimo_jax.model.attention import QUERY_BLOCK
 from mimo_jax.model.cache import CACHE_AXES, init_cache
 from mimo_jax.model.experts import GATHER_PAIRS, TILE_BYTES
 from mimo_jax.model.placement import Placement
-from mimo_jax.planning.inventory import Placed
+from mimo_jax.planning.inventory import Placed, layer_kinds
 from mimo_jax.planning.steps import qkv_rows
 from sharding import plan
 
@@ -143,8 +143,9 @@ def workspace(
     kv_ways = rules.ways("kv_heads", mesh)
     head_ways = kv_ways * rules.ways("group", mesh)
 
-    qkv = max(map(qkv_rows, config.layers)) // kv_ways
-    full = [s for s in config.layers if s.window is None]
+    kinds = layer_kinds(config)
+    qkv = max(map(qkv_rows, kinds)) // kv_ways
+    full = {s: count for s, count in kinds.items() if s.window is None}
     heads = max((s.num_heads for s in full), default=0) // head_ways
     scores = rows * min(prompt, QUERY_BLOCK) * context * heads
     stream = tokens * (3 * config.hidden_size * itemsize + qkv * (4 + itemsize))
@@ -158,7 +159,10 @@ def workspace(
     return Workspace(
         (
             ("activations", stream),
-            ("copy of a layer's cache", rows * context * cache.per_token // max(1, len(full))),
+            (
+                "copy of a layer's cache",
+                rows * context * cache.per_token // max(1, sum(full.values())),
+            ),
             (phase, phases[phase]),
         ),
         estimated=True,

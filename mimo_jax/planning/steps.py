@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from mimo_jax.config import LayerSpec, MiMoConfig
 from mimo_jax.model.placement import Placement
-from mimo_jax.planning.inventory import Placed
+from mimo_jax.planning.inventory import Placed, layer_kinds
 from sharding.devices import Device
 from sharding.plan import Collective, Kind, Roofline, collective_seconds, roofline
 
@@ -180,19 +180,19 @@ def _weight_flops(config: MiMoConfig, placed: Sequence[Placed], load: Load) -> f
 def _kv(config: MiMoConfig, load: Load) -> int:
     """Elements of keys and values that a step of these rows has to read."""
     total = 0
-    for s in config.layers:
+    for s, count in layer_kinds(config).items():
         end = load.first + load.new
         keys = end if s.window is None else min(end, s.window + load.new - 1)
-        total += keys * s.num_kv_heads * (s.head_dim + s.v_head_dim)
+        total += count * keys * s.num_kv_heads * (s.head_dim + s.v_head_dim)
     return total * load.rows
 
 
 def _attention_flops(config: MiMoConfig, load: Load) -> float:
     """Two FLOPs for each element of a key and of a value that a query head sees."""
     total = 0
-    for s in config.layers:
+    for s, count in layer_kinds(config).items():
         pairs = visible_pairs(load.first, load.new, s.window)
-        total += pairs * s.num_heads * (s.head_dim + s.v_head_dim)
+        total += count * pairs * s.num_heads * (s.head_dim + s.v_head_dim)
     return 2.0 * total * load.rows
 
 
@@ -220,8 +220,11 @@ def collectives(config: MiMoConfig, placement: Placement, tokens: int) -> Iterat
     the same (tests/test_planning_steps.py).  The drafter's own are not known yet.
     """
     rules, shape = placement.rules, placement.mesh.shape
-    itemsize, d, layers = jnp.dtype(config.dtype).itemsize, config.hidden_size, config.layers
-    moe = sum(s.moe for s in layers)
+    itemsize, d = jnp.dtype(config.dtype).itemsize, config.hidden_size
+    layers, fused = config.num_hidden_layers, collections.Counter[int]()
+    for spec, count in layer_kinds(config).items():
+        fused[qkv_rows(spec)] += count
+    moe = sum(count for spec, count in layer_kinds(config).items() if spec.moe)
     # Experts' mesh axes that split tokens as well: tokens travel along these.
     travel = [a for a in rules["expert"] if a in rules["batch"]]
     summed = [a for a in (*rules["expert"], *rules["expert_mlp"]) if a not in travel]
@@ -237,12 +240,12 @@ def collectives(config: MiMoConfig, placement: Placement, tokens: int) -> Iterat
             yield Collective(kind, count, int(nbytes), ways)
 
     yield from some("all-gather", 1, tokens * d * itemsize, rules["features"])
-    for fused, alike in collections.Counter(qkv_rows(s) for s in layers).items():
-        part = tokens * fused * itemsize / kv_heads
-        yield from some("all-gather", alike, part, rules["qkv_row"])
+    for rows, count in fused.items():
+        part = tokens * rows * itemsize / kv_heads
+        yield from some("all-gather", count, part, rules["qkv_row"])
     total = 4 * tokens * d
-    yield from some("all-reduce", len(layers), total, (*rules["kv_heads"], *rules["group"]))
-    yield from some("all-reduce", len(layers) - moe, total, rules["mlp"])
+    yield from some("all-reduce", layers, total, (*rules["kv_heads"], *rules["group"]))
+    yield from some("all-reduce", layers - moe, total, rules["mlp"])
     yield from some("all-reduce", moe, total, summed)
     # How many rows each device sends to each; tokens with their experts and weights; the results.
     row = d * itemsize + 8 * config.num_experts_per_tok
