@@ -12,7 +12,9 @@ import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
+
+from sharding.plan import Group, explain
 
 Axes = tuple[str, ...]
 Sizes = Mapping[str, int]
@@ -102,7 +104,7 @@ class ShardingRules:
         """These rules with those of some logical axes changed."""
         return self.of({**dict(self.axes), **changes})
 
-    def ways(self, logical: str | None, mesh: Mesh) -> int:
+    def ways(self, logical: str | None, mesh: Mesh | AbstractMesh) -> int:
         """Into how many parts a mesh splits a logical axis."""
         return math.prod(mesh.shape[a] for a in self[logical])
 
@@ -110,7 +112,7 @@ class ShardingRules:
         """The partition of an array with these logical axes."""
         return PartitionSpec(*(_entry(self[a]) for a in axes))
 
-    def fitted(self, sizes: Sizes, mesh: Mesh) -> ShardingRules:
+    def fitted(self, sizes: Sizes, mesh: Mesh | AbstractMesh) -> ShardingRules:
         """Rules that split by this mesh what these sizes let them.
 
         Mesh axes of size 1 are dropped.  Of the mesh axes of a logical axis that does not divide,
@@ -148,7 +150,7 @@ class ShardingRules:
         return self.of(rules)
 
     def check(
-        self, name: str, axes: Sequence[str | None], sizes: Sequence[int], mesh: Mesh
+        self, name: str, axes: Sequence[str | None], sizes: Sequence[int], mesh: Mesh | AbstractMesh
     ) -> None:
         """Refuses to split one array in a way that cannot be.
 
@@ -175,6 +177,27 @@ class ShardingRules:
                 raise ShardingError(
                     f"{name}: {_indivisible(logical, size, self[logical], mesh.shape)}"
                 )
+
+    def explain(
+        self,
+        mesh: Mesh | AbstractMesh,
+        groups: Iterable[Group] = (),
+        *,
+        wanted: ShardingRules | None = None,
+        sizes: Sizes | None = None,
+    ) -> str:
+        """A table of how each logical axis is split and why not, and of what each device holds.
+
+        Args:
+          mesh: the mesh.
+          groups: of arrays, with their bytes.
+          wanted: the rules that these were fitted from, to say what did not divide.
+          sizes: those that `fitted` was given.
+        """
+        asked = None if wanted is None else dict(wanted.axes)
+        return explain(
+            dict(self.axes), mesh.shape, groups, wanted=asked, sizes=sizes, spills=SPILLS
+        )
 
     def __str__(self) -> str:
         return ", ".join(f"{k}: {' x '.join(v)}" for k, v in self.axes) or "nothing is split"

@@ -19,7 +19,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -245,9 +245,17 @@ def _description(loaded: Loaded, arrays: Path) -> dict[str, Any]:
         "layout": layout,
         "mtp_blocks": 0 if loaded.mtp is None else len(loaded.mtp.layers),
         "drafter": None if loaded.drafter is None else loaded.drafter.config.to_dict(),
-        "versions": {n: version(n) for n in ("mimo-jax", "jax", "orbax-checkpoint")},
+        "versions": {n: _version(n) for n in ("mimo-jax", "jax", "orbax-checkpoint")},
         "files": {str(p.relative_to(arrays)): p.stat().st_size for p in files},
     }
+
+
+def _version(package: str) -> str | None:
+    """A package's version; None where it runs without being installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _write_json(path: Path, content: Any) -> None:

@@ -37,7 +37,7 @@ from mimo_jax.checkpoint.values import NO_MESH
 
 # Bytes read at a time, and bytes of the host's memory that may hold pieces on their way to devices.
 # A piece is there twice, in a thread's buffer and where jax copies it to for the transfer.
-PIECE = 64 << 20
+PIECE = 32 << 20
 BUDGET = 2 << 30
 ALIGNMENT = 64  # bytes; jax on the CPU uses memory of others without copying it if it has this
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from mimo_jax.model.parameters import Format, ParamSpec, parameters
 from mimo_jax.quant import BLOCKS, FP8Array, MXFP4Array
@@ -24,12 +24,15 @@ class Placement:
       rules: fitted to the model.
     """
 
-    mesh: Mesh
+    mesh: Any
     rules: ShardingRules
 
     @classmethod
     def fit(
-        cls, mesh: Mesh, rules: str | ShardingRules, parameters: Iterable[tuple[ParamSpec, Format]]
+        cls,
+        mesh: Mesh | AbstractMesh,
+        rules: str | ShardingRules,
+        parameters: Iterable[tuple[ParamSpec, Format]],
     ) -> Placement:
         """Named rules fitted to the sizes of these parameters, or given rules as they are.
 

@@ -142,7 +142,6 @@ def workspace(
     tokens = rows * prompt
     kv_ways = rules.ways("kv_heads", mesh)
     head_ways = kv_ways * rules.ways("group", mesh)
-
     kinds = layer_kinds(config)
     qkv = max(map(qkv_rows, kinds)) // kv_ways
     full = {s: count for s, count in kinds.items() if s.window is None}
@@ -156,17 +155,9 @@ def workspace(
         "logits": 2 * 4 * rows * config.vocab_size // rules.ways("vocab", mesh),
     }
     phase = max(phases, key=phases.__getitem__)
-    return Workspace(
-        (
-            ("activations", stream),
-            (
-                "copy of a layer's cache",
-                rows * context * cache.per_token // max(1, sum(full.values())),
-            ),
-            (phase, phases[phase]),
-        ),
-        estimated=True,
-    )
+    copied = rows * context * cache.per_token // max(1, sum(full.values()))
+    parts = (("activations", stream), ("copy of a layer's cache", copied), (phase, phases[phase]))
+    return Workspace(parts, estimated=True)
 
 
 def _experts(config: MiMoConfig, placement: Placement, tokens: int, itemsize: int) -> int:

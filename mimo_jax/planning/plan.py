@@ -18,8 +18,8 @@ from mimo_jax.planning.memory import Cache, Workspace, workspace
 from mimo_jax.planning.steps import Step, step
 from sharding.devices import Device, find_device
 from sharding.mesh import AXES, describe, parse_mesh
-from sharding.plan import Group, Memory, abstract_mesh, explain, grouped, largest
-from sharding.rules import SPILLS, ShardingError, ShardingRules
+from sharding.plan import Group, Memory, abstract_mesh, grouped, largest
+from sharding.rules import ShardingError, ShardingRules
 
 # Devices of the largest mesh that is suggested.
 MOST_DEVICES = 1024
@@ -91,9 +91,9 @@ class Plan:
 
     def explain(self) -> str:
         """A table of how each logical axis is split, and of what each device holds."""
-        used, wanted = dict(self.placement.rules.axes), dict(self.wanted.axes)
-        return explain(
-            used, self.mesh, self.weights, wanted=wanted, sizes=self.sizes, spills=SPILLS
+        placement = self.placement
+        return placement.rules.explain(
+            placement.mesh, self.weights, wanted=self.wanted, sizes=self.sizes
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -216,8 +216,8 @@ def visible_pairs(first: int, new: int, window: int | None) -> int:
 def collectives(config: MiMoConfig, placement: Placement, tokens: int) -> Iterator[Collective]:
     """The collectives of the layers and the embedding, for the tokens that each device has.
 
-    Sums are float32 (`layers.contract`), the rest in the model's dtype.  Compiled programs have
-    the same (tests/test_planning_steps.py).  The drafter's own are not known yet.
+    Sums are float32 (`layers.contract`), the rest in the model's dtype, as in what XLA compiles for
+    GPUs (for TPUs, sums are bfloat16).  The drafter's own are not counted.
     """
     rules, shape = placement.rules, placement.mesh.shape
     itemsize, d = jnp.dtype(config.dtype).itemsize, config.hidden_size
@@ -227,7 +227,7 @@ def collectives(config: MiMoConfig, placement: Placement, tokens: int) -> Iterat
     moe = sum(count for spec, count in layer_kinds(config).items() if spec.moe)
     # Experts' mesh axes that split tokens as well: tokens travel along these.
     travel = [a for a in rules["expert"] if a in rules["batch"]]
-    summed = [a for a in (*rules["expert"], *rules["expert_mlp"]) if a not in travel]
+    summed = [a for a in (*rules["expert"], *rules["expert_mlp"]) if a not in rules["batch"]]
     kv_heads = math.prod(shape[a] for a in rules["kv_heads"])
     stops = math.prod(shape[a] for a in travel)
     visits = stops * (1 - (1 - 1 / stops) ** config.num_experts_per_tok)

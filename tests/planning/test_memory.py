@@ -1,6 +1,7 @@
 """Planned bytes are allocated bytes, to the last one, for every mesh and rules that fit."""
 
 import dataclasses
+from typing import Any
 
 import golden
 import jax
@@ -60,8 +61,8 @@ LAYOUTS = [
 H200 = find_device("h200")
 
 
-def plan(config: MiMoConfig, mesh: str, **options) -> Plan:
-    return make_plan(config, device=H200, mesh=mesh, **{"context": 200, "prompt": 8} | options)
+def plan(config: MiMoConfig, mesh: str, **options: Any) -> Plan:
+    return make_plan(config, device=H200, mesh=mesh, context=200, prompt=8, **options)
 
 
 def placement(config: MiMoConfig, mesh: str, rules: str) -> Placement:

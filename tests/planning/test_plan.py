@@ -2,16 +2,18 @@
 
 import json
 import math
+from typing import Any
 
 import pytest
 
 from mimo_jax.config import DFlashConfig, MiMoConfig, presets
 from mimo_jax.planning import Plan, make_plan
 from mimo_jax.planning.plan import mesh_sizes
+from mimo_jax.planning.steps import Step
 from sharding import devices
 from sharding.devices import GIB, NAMES, DeviceError
 from sharding.mesh import MeshError, make_mesh
-from sharding.plan import abstract_mesh
+from sharding.plan import Roofline, abstract_mesh
 from sharding.rules import PRESETS, ShardingError, ShardingRules
 
 PRO = MiMoConfig.from_pretrained("MiMo-V2.5-Pro-FP4-DFlash")
@@ -20,7 +22,12 @@ TINY = MiMoConfig.from_pretrained("colibri-tiny")
 BACKBONES = [name for name in presets() if not name.endswith(".dflash")]
 
 
-def pro(mesh: str = "tensor=4", device: str = "h200", **options) -> Plan:
+def limits(step: Step) -> Roofline:
+    assert step.limits is not None
+    return step.limits
+
+
+def pro(mesh: str = "tensor=4", device: str = "h200", **options: Any) -> Plan:
     return make_plan(PRO, device=device, mesh=mesh, **options)
 
 
@@ -121,10 +128,10 @@ def test_text_says_what_was_estimated_and_assumed():
 def test_rates_follow_from_the_steps():
     planned = pro(batch=2)
     steps = planned.to_dict()
-    seconds = planned.verify.limits.seconds
+    seconds = limits(planned.verify).seconds
     assert planned.tokens_per_second(5.56) == pytest.approx(2 * 5.56 / seconds)
     assert steps["verify_tokens_per_second"] == {n: 2 * n / seconds for n in range(1, 9)}
-    assert f"roofline tokens/s: {2 / planned.token.limits.seconds:,.0f}" in str(planned)
+    assert f"roofline tokens/s: {2 / limits(planned.token).seconds:,.0f}" in str(planned)
 
 
 def test_data_has_every_number():
@@ -204,8 +211,8 @@ def test_part_of_the_layers():
     ],
 )
 def test_errors(options, error, message):
-    with pytest.raises(error, match=message.replace("(", r"\(")):
-        make_plan(PRO, **{"device": "h200"} | options)
+    with pytest.raises(error, match=message):
+        pro(**options)
 
 
 def test_every_preset_of_rules_has_a_plan():
