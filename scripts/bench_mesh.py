@@ -136,7 +136,7 @@ def show(result: dict[str, Any]) -> None:
 
 def main() -> None:
     """Parses the command line and runs."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("model", help="a preset, or a folder with a config.json")
     parser.add_argument("--layers", type=int, help="only so many of its layers")
     parser.add_argument("--mesh", help="such as expert=2,tensor=2; one device by default")

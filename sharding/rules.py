@@ -181,7 +181,7 @@ class ShardingRules:
     def explain(
         self,
         mesh: Mesh | AbstractMesh,
-        groups: Iterable[Group] = (),
+        groups: Sequence[Group] = (),
         *,
         wanted: ShardingRules | None = None,
         sizes: Sizes | None = None,
@@ -194,10 +194,8 @@ class ShardingRules:
           wanted: the rules that these were fitted from, to say what did not divide.
           sizes: those that `fitted` was given.
         """
-        asked = None if wanted is None else dict(wanted.axes)
-        return explain(
-            dict(self.axes), mesh.shape, groups, wanted=asked, sizes=sizes, spills=SPILLS
-        )
+        used, asked = dict(self.axes), None if wanted is None else dict(wanted.axes)
+        return explain(used, mesh.shape, groups, wanted=asked, sizes=sizes, spills=SPILLS)
 
     def __str__(self) -> str:
         return ", ".join(f"{k}: {' x '.join(v)}" for k, v in self.axes) or "nothing is split"

@@ -10,7 +10,7 @@ from mimo_jax import checkpoint
 from mimo_jax.api import LanguageModel
 from mimo_jax.checkpoint import Loaded, release_layout
 from mimo_jax.decoding.sampling import SamplingParams
-from mimo_jax.model.parameters import parameters
+from mimo_jax.model.parameters import Format, ParamSpec, parameters
 from mimo_jax.model.placement import Placement
 from sharding import distributed
 from sharding.mesh import make_mesh, use
@@ -35,7 +35,7 @@ def small_model(mesh: str | None = None, rules: str = "latency") -> LanguageMode
     )
     model, where = golden.build(case), None
     if mesh is not None:
-        held = [(p.spec, "plain") for _, p in parameters(model)]
+        held: list[tuple[ParamSpec, Format]] = [(p.spec, "plain") for _, p in parameters(model)]
         where = Placement.fit(make_mesh(mesh), rules, held)
         model = where.place(model)
     layout = release_layout(model.config)

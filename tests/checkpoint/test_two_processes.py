@@ -8,11 +8,11 @@ import jax
 import numpy as np
 import pytest
 from checkpoint.release_format import make_release
+from two_processes import run_in_processes
 
 from mimo_jax import checkpoint
 from mimo_jax.checkpoint import sources, streaming
 from sharding.mesh import make_mesh
-from tests.sharding.two_processes import run_in_processes
 
 
 def parts(loaded: checkpoint.Loaded) -> list[Any]:

@@ -51,7 +51,7 @@ def decoding_step(config: MiMoConfig, mesh: str, rules: str, batch: int) -> dict
     }
     with jax.set_mesh(where.mesh):
         lowered = jax.jit(step, donate_argnames="cache").lower(model, rows, rows, cache)
-    return summarize(collectives(lowered.compile(compiler_options=quick).as_text()))
+    return summarize(collectives(lowered.compile(compiler_options=quick).as_text() or ""))
 
 
 def test_the_whole_pro_has_two_all_reduces_a_layer():

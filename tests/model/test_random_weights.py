@@ -1,5 +1,7 @@
 """Random weights in the release's formats: the same on every mesh, and near what a model has."""
 
+from typing import Any
+
 import jax
 import ml_dtypes
 import numpy as np
@@ -22,7 +24,7 @@ def made(seed: int = 1, **options) -> checkpoint.Loaded:
     return checkpoint.random_weights(config(), seed, **options)
 
 
-def values(loaded: checkpoint.Loaded) -> dict[str, object]:
+def values(loaded: checkpoint.Loaded) -> dict[str, Any]:
     return {p.spec.name: p.get_value() for _, p in parameters(loaded.model)}
 
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from two_processes import run_in_processes
 
 from sharding import distributed
-from tests.sharding.two_processes import run_in_processes
 
 
 @jax.jit
