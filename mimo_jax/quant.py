@@ -104,9 +104,9 @@ def _dequantize_mxfp4(
     by_block = codes.reshape(*lead, rows, 2 * half // MXFP4_BLOCK, MXFP4_BLOCK // 2)
     nibbles = jnp.stack([by_block & 0xF, by_block >> 4], axis=-1)
     # Byte 0 is 2 ** -127, a denormal that platforms flush to zero: halve and take 2 ** -126.
-    halved = jnp.where(scales == 0, jnp.float32(0.5), jnp.float32(1.0))
-    scale = halved * _decode_e8m0(jnp.maximum(scales, 1))
-    values = _decode_e2m1(nibbles) * scale[..., None, None]
+    halved = jnp.where(scales == 0, jnp.float32(0.5), jnp.float32(1.0))[..., None, None]
+    scale = _decode_e8m0(jnp.maximum(scales, 1))[..., None, None]
+    values = _decode_e2m1(nibbles) * halved * scale
     return values.reshape(*lead, rows, 2 * half, out_sharding=sharding(codes, *entries(codes)))
 
 

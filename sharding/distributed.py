@@ -50,7 +50,7 @@ def initialize(
     num_processes: int | None = None,
     process_id: int | None = None,
     *,
-    heartbeat_timeout: int = 60,
+    heartbeat_timeout: int = 20,
     start_timeout: int = 300,
 ) -> None:
     """Makes this process one of a job; call it before anything else that uses JAX.
@@ -64,7 +64,8 @@ def initialize(
         coordinator_address: host:port on which process 0 listens.
         num_processes: processes of the job.
         process_id: number of this process, from 0.
-        heartbeat_timeout: seconds of silence after which a process counts as dead; all end then.
+        heartbeat_timeout: seconds of silence after which a process counts as dead; all end then,
+            and say so. (Where it is more than 30, XLA may first abort a collective that hangs.)
         start_timeout: seconds within which all processes must arrive; this one ends otherwise.
 
     Raises:

@@ -2,10 +2,13 @@
 
 What JAX 0.11.2 does by itself, measured on CPUs: when a process dies, the coordination service at
 process 0 finds out by its missing heartbeats (at once, for process 0 itself), and every other one
-aborts (exit code 134, forty lines of log), be it in a collective, at a barrier or idle; the
-collective itself hangs. A Python callback for this case ends in std::bad_cast, and in JAX's
-recoverable mode the collective hangs for good. So the abort stays, and two threads that hear of the
-death at the same moment say it in a sentence and exit first.
+aborts (exit code 134, forty lines of log), be it in a collective, at a barrier or idle. The
+collective itself hangs or breaks. A Python callback for this case ends in std::bad_cast, and in
+JAX's recoverable mode a collective may hang for good. So the abort stays, and two threads that hear
+of the death at the same moment say it in a sentence and exit first.
+
+Each of the two waits for an answer that gets through while JAX aborts. The client holds its lock
+then, which the end of a barrier needs and these answers don't (coordination_service_agent.cc).
 """
 
 from __future__ import annotations
@@ -16,12 +19,11 @@ import ctypes
 import itertools
 import json
 import os
-import re
 import signal
 import sys
 import threading
 import time
-from typing import Any
+from typing import Any, NoReturn
 
 _FAILURE = "job/failure"  # the key under which a process that fails says why
 _FOREVER = 10 * 365 * 24 * 3600 * 1000  # milliseconds; the service takes no infinity
@@ -74,7 +76,7 @@ class Peers:
         self.closing, self.closed = threading.Event(), threading.Event()
         self.watches = [
             threading.Thread(target=watch, daemon=True)
-            for watch in (self._hear_of_failures, self._notice_deaths)
+            for watch in (self._watch_failures, self._watch_deaths)
         ]
         for watch in self.watches:
             watch.start()
@@ -96,8 +98,8 @@ class Peers:
             entries = self.client.key_value_dir_get(place)
             if number:  # all have read the step before, or they wouldn't be at this one
                 self.client.key_value_delete(f"job/step/{number - 1}/{name}")
-        except RuntimeError as error:
-            self._lost(error)
+        except RuntimeError:
+            time.sleep(_LAST_WORDS)  # a process has died: the watch ends this one with a sentence
             raise
         arrived = [json.loads(text) for _, text in sorted(entries)]
         for process, (at, _) in enumerate(arrived):
@@ -133,39 +135,46 @@ class Peers:
         for watch in self.watches:
             watch.join()
 
-    def _hear_of_failures(self) -> None:
+    def _watch_failures(self) -> None:
         try:
             text = self.client.blocking_key_value_get(_FAILURE, _FOREVER)
-        except RuntimeError as error:
-            self._lost(error)
+        except RuntimeError:
+            self._lost_service()
             return
         self._claim_end()
         say(text)
         self._leave(1)
 
-    def _notice_deaths(self) -> None:
-        # A barrier fails when one of its processes dies, and says which. Nobody may complete it:
-        # process 0 waits at one to which the others never come, and they wait at another.
-        watchers = "process 0" if self.process == 0 else "the others"
-        try:
-            self.client.wait_at_barrier(f"job/watch of {watchers}", _FOREVER)
-        except RuntimeError as error:
-            self._lost(error)
+    def _watch_deaths(self) -> None:
+        # The answer comes when every process that lives has asked. A busy one only delays it.
+        everyone = list(range(self.count))
+        while not self.closed.wait(1):
+            try:
+                alive = self.client.get_live_nodes(everyone)
+            except RuntimeError:
+                self._lost_service()
+                return
+            dead = set(everyone) - set(alive)
+            if dead and not self._closes_in_order():
+                self._end_after(min(dead))
 
-    def _lost(self, error: RuntimeError) -> None:
-        """Ends the process because of what the coordination service says of a dead peer."""
-        if self.closing.is_set() and self.closed.wait(2):
-            return  # the service went away in order
+    def _lost_service(self) -> None:
+        # The service is process 0's: to itself that can only happen in the course of an end.
+        if self.process != 0 and not self._closes_in_order():
+            self._end_after(0)
+
+    def _closes_in_order(self) -> bool:
+        return self.closing.is_set() and self.closed.wait(2)
+
+    def _end_after(self, dead: int) -> NoReturn:
         self._claim_end()
         # JAX's lines come first, so that the sentence stands last. Process 0 ends last: the others
         # hear of the death from its service, and its end would look like another death to them.
         time.sleep(2 if self.process == 0 else 1)
-        # The service names the process that fell silent. If it is silent itself, that is process 0.
-        named = re.search(r"\bTask:? (\d+)", str(error))
         say(
-            f"process {named[1] if named else 0} of {self.count} stopped answering: it was killed, "
-            f"crashed, or lost its network. The job ends; what was written is kept. That "
-            f"process's own log may say why; then start the job again"
+            f"process {dead} of {self.count} stopped answering: it was killed, crashed, or lost its "
+            f"network. The job ends; what was written is kept. That process's own log may say why; "
+            f"then start the job again"
         )
         os._exit(1)
 

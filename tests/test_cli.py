@@ -1,6 +1,7 @@
 """The command line: what it prints where, its exit codes, and Ctrl-C."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -9,11 +10,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from tiny import tiny
+from tiny import exact, tiny
 from typer.testing import CliRunner
 
 import mimo_jax as mj
 from mimo_jax import checkpoint, cli
+from mimo_jax.api import load
 from mimo_jax.cli.generate import _print_statistics
 from mimo_jax.decoding.outputs import Completion, GenerationOutput, Metrics
 
@@ -284,3 +286,94 @@ def test_inspect_of_what_is_not_there(name):
     result = run("inspect", name)
     assert (result.exit_code, result.stdout) == (2, "")
     assert result.stderr.startswith("error: ")
+
+
+# -- several devices ------------------------------------------------------------------------------
+
+
+def test_generate_on_a_mesh_writes_what_one_device_writes(loaded):
+    options = ("--prompt", PROMPT, "--max-tokens", "12", "--dtype", "float32", "--temperature", "0")
+    command = [sys.executable, "-m", "mimo_jax", "generate", *options]
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    meshed = subprocess.run(
+        [*command, "--mesh", "expert=2,tensor=2"],
+        capture_output=True,
+        text=True,
+        env=os.environ | flags,
+    )
+    assert meshed.returncode == 0, meshed.stderr
+    expected = exact().generate(PROMPT, mj.SamplingParams(max_tokens=12, temperature=0.0))[0].text
+    assert meshed.stdout == expected
+
+
+def test_random_weights_read_bytes_and_print_ids():
+    options = "--model tiny-transformers-test --layers 1 --random-weights 3 --max-tokens 5"
+    result = run("generate", "--prompt", "!", *options.split())
+    assert result.exit_code == 0, result.stderr
+    ids = [int(t) for t in result.stdout.split()]
+    assert len(ids) == 5 or "finish reason: stop" in result.stderr
+    assert all(0 <= i < 99 for i in ids)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--mesh", "tensor"], "'tensor' is not AXIS=SIZE"),
+        (["--mesh", "tensor=64"], "mesh tensor=64 needs 64 devices, but there are 8 (cpu)"),
+        (["--mesh", "expert=3", "--rules", "throughput"], "expert has 32 indivisible parts"),
+        (["--mesh", "tensor=2", "--rules", "fast"], "no rules are called 'fast'; there are"),
+        (["--layers", "2"], "layers= cuts a model with random_weights="),
+    ],
+)
+def test_meshes_that_cannot_be(args, message):
+    result = run("generate", "--prompt", "x", *args)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert message in result.stderr
+
+
+def test_a_job_of_no_cluster_says_how_to_start_one():
+    command = [sys.executable, "-m", "mimo_jax", "generate", "--prompt", "x", "--distributed"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert "no cluster was found" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_plan_says_whether_a_model_fits():
+    options = ("--model", "MiMo-V2.5-Pro-FP4-DFlash", "--mesh", "tensor=4")
+    fits = run("plan", *options, "--device", "h200")
+    assert fits.exit_code == 0, fits.stderr
+    assert "experts 123.71 1/4" in " ".join(fits.stdout.split())
+    assert "fits: needs" in fits.stdout
+    short = run("plan", *options, "--device", "h100")
+    assert short.exit_code == 1
+    assert "does not fit: needs" in short.stdout
+    assert "try mesh tensor=8" in short.stdout
+
+
+def test_plan_as_json_and_explained():
+    options = "--model MiMo-V2-Flash --device h100 --mesh tensor=8 --layers 4"
+    fields = json.loads(run("plan", *options.split(), "--json").stdout)
+    assert fields["mesh"]["tensor"] == 8
+    assert fields["fits"] is True
+    explained = run("plan", *options.split(), "--explain").stdout
+    assert "4 parts, not a multiple of 8; tensor to group, qkv_row" in explained
+
+
+def test_plan_of_an_unknown_device():
+    result = run("plan", "--device", "h300")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "h200" in result.stderr
+
+
+def test_convert_writes_a_checkpoint_that_loads_like_any_other(tmp_path):
+    out = tmp_path / "converted"
+    result = run("convert", "mimo-tiny", str(out), "--mesh", "tensor=2")
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout == f"{out} is complete; load it by that name\n"
+    prompt, params = [5, 6, 7], mj.SamplingParams(max_tokens=4, temperature=0.0)
+    tokens = [lm.generate(prompt, params)[0].token_ids for lm in (load(out), tiny())]
+    assert tokens[0] == tokens[1]
+    again = run("convert", "mimo-tiny", str(out))
+    assert again.exit_code == 1
+    assert "not empty; convert into a new folder" in again.stderr

@@ -119,6 +119,9 @@ def _notes(plan: Plan) -> Iterator[str]:
             yield f"  not known: the mesh is more than the {plan.device.domain} that are connected"
     if plan.token.experts:
         yield "experts: expected, if tokens choose them independently and uniformly"
+    if any(kind.startswith("NVIDIA") for kind in plan.device.kinds):
+        # benchmarks/LOG.md: without it (--xla_gpu_autotune_level=0) a Flash peaks as planned.
+        yield "not counted: XLA's autotuning while it compiles (3.3 GiB for Flash, measured)"
     if sources := plan.device.not_measured():
         by = {s: [k for k, v in sources.items() if v == s] for s in dict.fromkeys(sources.values())}
         yield "not measured: " + "; ".join(f"{', '.join(k)} ({s})" for s, k in by.items())

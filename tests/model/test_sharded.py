@@ -71,7 +71,7 @@ def rows(where: Placement | None, array: np.ndarray) -> jax.Array:
 
 
 def greedy(m: MiMo, where: Placement | None) -> tuple[np.ndarray, np.ndarray]:
-    """Logits of all steps [B, LENGTH - 1, V] and the tokens that a cached greedy run produces."""
+    """Logits [B, LENGTH, V] and the tokens [B, LENGTH + 1] of a cached greedy run."""
     cache = init_cache(m.config, ROWS, 32, placement=where)
     ids, logits = [tokens()], []
     for start in (0, *range(PROMPT, LENGTH)):
@@ -100,7 +100,7 @@ def test_logits_and_tokens_equal_those_of_one_device(mesh, rules):
     m = where.place(model())
     with jax.set_mesh(where.mesh):
         got_logits, got_ids = greedy(m, where)
-        full = golden.step(m, rows(where, ids[:, : LENGTH - 1]), None, None)[0]
+        full = golden.step(m, rows(where, ids[:, :LENGTH]), None, None)[0]
     assert_same(got_logits, logits)
     np.testing.assert_array_equal(got_ids, ids)
     assert_same(np.asarray(full), logits)

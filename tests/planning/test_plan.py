@@ -120,6 +120,7 @@ def test_text_says_what_was_estimated_and_assumed():
     assert "* estimate, not in the roofline: 1 all-gather, 140 all-reduce a step" in text
     assert "experts: expected, if tokens choose them independently and uniformly" in text
     assert "not measured: interconnect (datasheet)" in text
+    assert "not counted: XLA's autotuning while it compiles" in text
     many = str(pro("expert=2,tensor=8"))
     assert "not known: the mesh is more than the 8 that are connected" in many
     assert "collectives" not in str(make_plan(TINY, device="h200", context=64))
