@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from mimo_jax.checkpoint.layout import release_layout
 from mimo_jax.checkpoint.loading import Loaded, model_dtype
 from mimo_jax.checkpoint.names import declared
+from mimo_jax.checkpoint.streaming import memory_needed
 from mimo_jax.config import MiMoConfig
 from mimo_jax.model.backbone import MiMo
 from mimo_jax.model.placement import Placement
@@ -53,13 +54,14 @@ def random_weights(
     placement = None
     if mesh is not None:
         placement = Placement.fit(mesh, rules, [(s, s.format) for s in specs])
-    held = {s.name: shapes(s, config.dtype) for s in specs}
-    if placement is None:
-        needed = {jax.devices()[0]: sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(held))}
-    else:
-        each = sum(placement.device_bytes(s, held[s.name]) for s in specs)
-        needed = dict.fromkeys(placement.mesh.local_devices, each)
-    check_memory(needed)
+    arrays: list[tuple[Any, Any]] = []
+    for spec in specs:
+        held = shapes(spec, config.dtype)
+        leaves, placed = jax.tree.leaves(held), [None, None]
+        if placement is not None:
+            placed = jax.tree.leaves(placement.shardings(spec, held))
+        arrays += zip(leaves, placed, strict=False)
+    check_memory(memory_needed(arrays))
     model = build(random_release(seed, config.dtype, placement))
     return Loaded(
         config, model, None, None, release_layout(config), Path("random weights"), placement

@@ -98,17 +98,6 @@ class Placement:
             return type(value)(of(value.codes, codes), of(value.scales, scales))
         return self.sharding(spec.name, spec.axes, value.shape)
 
-    def device_bytes(self, spec: ParamSpec, value: Any) -> int:
-        """Bytes of a parameter's value (arrays, or shapes with dtypes) on each device."""
-        parts = jax.tree.map(
-            lambda array, sharding: (
-                math.prod(sharding.shard_shape(array.shape)) * array.dtype.itemsize
-            ),
-            value,
-            self.shardings(spec, value),
-        )
-        return sum(jax.tree.leaves(parts))
-
     def place(self, module: Any) -> Any:
         """The module with its parameters on the mesh; for small ones, which are whole somewhere."""
         leaves, tree = jax.tree.flatten(module)
