@@ -4,11 +4,13 @@ What JAX 0.11.2 does by itself, measured on CPUs: when a process dies, the coord
 process 0 finds out by its missing heartbeats (at once, for process 0 itself), and every other one
 aborts (exit code 134, forty lines of log), be it in a collective, at a barrier or idle. The
 collective itself hangs or breaks. A Python callback for this case ends in std::bad_cast, and in
-JAX's recoverable mode a collective may hang for good. So the abort stays, and two threads that hear
+JAX's recoverable mode a collective may hang for good. So the abort stays, and threads that hear
 of the death at the same moment say it in a sentence and exit first.
 
-Each of the two waits for an answer that gets through while JAX aborts. The client holds its lock
-then, which the end of a barrier needs and these answers don't (coordination_service_agent.cc).
+Three threads wait for three answers, because none of them always gets through while JAX aborts: the
+client holds its lock then, which the end of a barrier needs and the others don't
+(coordination_service_agent.cc), and the others are silent where the service is gone. What counts is
+the first.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import ctypes
 import itertools
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -76,7 +79,7 @@ class Peers:
         self.closing, self.closed = threading.Event(), threading.Event()
         self.watches = [
             threading.Thread(target=watch, daemon=True)
-            for watch in (self._watch_failures, self._watch_deaths)
+            for watch in (self._watch_failures, self._watch_deaths, self._watch_barrier)
         ]
         for watch in self.watches:
             watch.start()
@@ -158,6 +161,18 @@ class Peers:
             if dead and not self._closes_in_order():
                 self._end_after(min(dead))
 
+    def _watch_barrier(self) -> None:
+        # A barrier fails when one of its processes dies, and says which. Nobody may complete it:
+        # process 0 waits at one to which the others never come, and they wait at another.
+        watchers = "process 0" if self.process == 0 else "the others"
+        try:
+            self.client.wait_at_barrier(f"job/watch of {watchers}", _FOREVER)
+        except RuntimeError as error:
+            if not self._closes_in_order():
+                # The service names the process that fell silent, if it isn't itself: process 0's.
+                named = re.search(r"\bTask:? (\d+)", str(error))
+                self._end_after(int(named[1]) if named else 0)
+
     def _lost_service(self) -> None:
         # The service is process 0's: to itself that can only happen in the course of an end.
         if self.process != 0 and not self._closes_in_order():
@@ -172,9 +187,9 @@ class Peers:
         # hear of the death from its service, and its end would look like another death to them.
         time.sleep(2 if self.process == 0 else 1)
         say(
-            f"process {dead} of {self.count} stopped answering: it was killed, crashed, or lost its "
-            f"network. The job ends; what was written is kept. That process's own log may say why; "
-            f"then start the job again"
+            f"process {dead} of {self.count} stopped answering: it was killed, crashed, or lost "
+            f"its network. The job ends; what was written is kept. That process's own log may say "
+            f"why; then start the job again"
         )
         os._exit(1)
 
