@@ -50,7 +50,7 @@ def initialize(
     num_processes: int | None = None,
     process_id: int | None = None,
     *,
-    heartbeat_timeout: int = 60,
+    heartbeat_timeout: int = 20,
     start_timeout: int = 300,
 ) -> None:
     """Makes this process one of a job; call it before anything else that uses JAX.
@@ -64,8 +64,8 @@ def initialize(
         coordinator_address: host:port on which process 0 listens.
         num_processes: processes of the job.
         process_id: number of this process, from 0.
-        heartbeat_timeout: seconds of silence after which JAX takes a process for dead and aborts
-            the others. A process that ends, in whatever way, is noticed at once.
+        heartbeat_timeout: seconds of silence after which a process counts as dead; all end then,
+            and say so. (Where it is more than 30, XLA may first abort a collective that hangs.)
         start_timeout: seconds within which all processes must arrive; this one ends otherwise.
 
     Raises:
@@ -115,7 +115,7 @@ def initialize(
     finally:
         alarm.cancel()
     if state.num_processes > 1:
-        _peers = Peers(state)
+        _peers = Peers(state, heartbeat_timeout)
 
 
 def is_leader() -> bool:
