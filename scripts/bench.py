@@ -29,7 +29,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from circumstances import circumstances
+from circumstances import circumstances, write_result
 from rich.console import Console
 from rich.table import Table
 from transformers_beside import Transformers, transformers_beside
@@ -285,8 +285,7 @@ def main() -> None:
         return
     result = decode(args)
     out = args.out or RESULTS / f"decode_{jax.default_backend()}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=2) + "\n")
+    write_result(result, out)
     show(result)
     print(f"written to {out}")
 

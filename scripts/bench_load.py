@@ -33,7 +33,7 @@ from typing import Any
 import jax
 import ml_dtypes
 import numpy as np
-from circumstances import circumstances
+from circumstances import circumstances, write_result
 from rich.console import Console
 from rich.table import Table
 
@@ -325,8 +325,7 @@ def main() -> None:
     result = measure(args)
     show(result)
     if args.out is not None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(result, indent=2) + "\n")
+        write_result(result, args.out)
     if result["different_tensors"]:
         raise SystemExit("tensors differ between files and devices")
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import statistics
 import time
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from circumstances import circumstances
+from circumstances import circumstances, write_result
 
 import mimo_jax as mj
 from mimo_jax.decoding.autoregressive import STEPS
@@ -152,8 +151,7 @@ def main() -> None:
     result = measure(args)
     show(result)
     if args.out is not None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(result, indent=2) + "\n")
+        write_result(result, args.out)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import platform
 import subprocess
@@ -32,6 +33,12 @@ def circumstances(args: argparse.Namespace) -> dict[str, Any]:
         "changed_files": len((git("status", "--porcelain") or "").splitlines()),
         "load_average_before": os.getloadavg(),
     }
+
+
+def write_result(result: dict[str, Any], out: Path) -> None:
+    """Writes a result as JSON."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(result, indent=2) + "\n")
 
 
 def cpu_model() -> str:

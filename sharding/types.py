@@ -35,12 +35,6 @@ def axes_of(entry: Entry) -> tuple[str, ...]:
     return entry if isinstance(entry, tuple) else (() if entry is None else (entry,))
 
 
-def joined(*parts: Entry) -> Entry:
-    """The entry of a dimension that merges dimensions with these entries."""
-    axes = tuple(a for part in parts for a in axes_of(part))
-    return axes if len(axes) > 1 else (axes[0] if axes else None)
-
-
 def sharding(like: Any, *dimensions: Entry) -> NamedSharding | None:
     """The sharding with these entries on the mesh of `like`; None without a mesh."""
     mesh = explicit_mesh(like)

@@ -17,9 +17,8 @@ from mimo_jax.config import MiMoConfig
 from mimo_jax.model.backbone import MiMo
 from mimo_jax.model.dflash import DFlash
 from mimo_jax.model.mtp import MTP
-from mimo_jax.model.parameters import Format, Make, ParamSpec
+from mimo_jax.model.parameters import Format, Make, ParamSpec, value_format
 from mimo_jax.model.placement import Placement
-from mimo_jax.quant import FP8Array, MXFP4Array
 from sharding.memory import check_memory
 from sharding.rules import ShardingRules
 
@@ -63,13 +62,6 @@ class Part:
 
 # Arrays in the place of the leaves of a tree, each with the sharding at its position in a list.
 Fill = Callable[[Any, Sequence[Sharding | None]], Any]
-
-
-def value_format(value: Any) -> Format:
-    """How a parameter is held in memory."""
-    if isinstance(value, FP8Array):
-        return "fp8"
-    return "mxfp4" if isinstance(value, MXFP4Array) else "plain"
 
 
 def build_parts(

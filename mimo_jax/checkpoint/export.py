@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from mimo_jax.checkpoint.building import value_format
 from mimo_jax.checkpoint.errors import Problem
 from mimo_jax.checkpoint.layout import Layout
 from mimo_jax.checkpoint.names import (
@@ -33,7 +32,7 @@ from mimo_jax.checkpoint.qkv import (
 )
 from mimo_jax.checkpoint.safetensors_file import Entry
 from mimo_jax.checkpoint.values import to_host
-from mimo_jax.model.parameters import ParamSpec, QKVRows
+from mimo_jax.model.parameters import ParamSpec, QKVRows, value_format
 from mimo_jax.quant import FP8_BLOCK, FP8Array
 
 Values = Mapping[str, tuple[ParamSpec, Any]]

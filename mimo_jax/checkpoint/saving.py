@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from mimo_jax.checkpoint.building import Loaded, value_format
+from mimo_jax.checkpoint.building import Loaded
 from mimo_jax.checkpoint.detect import possible_chunks
 from mimo_jax.checkpoint.errors import CheckpointError, Problem
 from mimo_jax.checkpoint.export import Values, export
@@ -44,7 +44,7 @@ from mimo_jax.checkpoint.torch_file import write_mask_embedding
 from mimo_jax.checkpoint.values import to_host
 from mimo_jax.config import MiMoConfig
 from mimo_jax.model.dflash import DFlash
-from mimo_jax.model.parameters import Format, ParamSpec, parameters
+from mimo_jax.model.parameters import Format, ParamSpec, parameters, value_format
 
 SHARD_SIZE = 5_000_000_000
 

@@ -54,14 +54,11 @@ def random_weights(
     placement = None
     if mesh is not None:
         placement = Placement.fit(mesh, rules, [(s, s.format) for s in specs])
-    arrays: list[tuple[Any, Any]] = []
-    for spec in specs:
-        held = shapes(spec, config.dtype)
-        leaves, placed = jax.tree.leaves(held), [None, None]
-        if placement is not None:
-            placed = jax.tree.leaves(placement.shardings(spec, held))
-        arrays += zip(leaves, placed, strict=False)
-    check_memory(memory_needed(arrays))
+    held = {spec.name: shapes(spec, config.dtype) for spec in specs}
+    leaves, placed = jax.tree.leaves([held[s.name] for s in specs]), None
+    if placement is not None:
+        placed = jax.tree.leaves([placement.shardings(s, held[s.name]) for s in specs])
+    check_memory(memory_needed(zip(leaves, placed or [None] * len(leaves), strict=True)))
     model = build(random_release(seed, config.dtype, placement))
     return Loaded(
         config, model, None, None, release_layout(config), Path("random weights"), placement

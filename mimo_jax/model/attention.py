@@ -10,7 +10,14 @@ from jaxtyping import Array, Float, Int
 from mimo_jax.config import LayerSpec
 from mimo_jax.model import cache as kv_cache
 from mimo_jax.model.cache import LayerCache
-from mimo_jax.model.layers import apply_rotary, contract, linear, rotary_angles
+from mimo_jax.model.layers import (
+    apply_rotary,
+    contract,
+    declare_o_proj,
+    declare_sink,
+    linear,
+    rotary_angles,
+)
 from mimo_jax.model.parameters import Format, Make, ParamSpec, QKVRows, declare
 from mimo_jax.model.taps import Taps
 from sharding.types import entries, reshard, sharding
@@ -143,29 +150,8 @@ class Attention(nnx.Module):
                 qkv=rows,
             ),
         )
-        self.o_proj = declare(
-            make,
-            ParamSpec(
-                f"{name}.o_proj.weight",
-                (dim, kv, n // kv * layer.v_head_dim),
-                ("embed", "kv_heads", "group"),
-                stored_shape=(dim, n * layer.v_head_dim),
-            ),
-        )
-        self.sink = (
-            declare(
-                make,
-                ParamSpec(
-                    f"{name}.attention_sink_bias",
-                    (kv, n // kv),
-                    ("kv_heads", "group"),
-                    init="zeros",
-                    stored_shape=(n,),
-                ),
-            )
-            if layer.sink
-            else None
-        )
+        self.o_proj = declare_o_proj(make, name, dim, kv, n // kv, layer.v_head_dim)
+        self.sink = declare_sink(make, name, kv, n // kv) if layer.sink else None
 
     def __call__(
         self,

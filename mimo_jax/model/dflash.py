@@ -5,7 +5,7 @@ from __future__ import annotations
 from flax import nnx
 
 from mimo_jax.config import DFlashConfig
-from mimo_jax.model.layers import MLP, RMSNorm
+from mimo_jax.model.layers import MLP, RMSNorm, declare_o_proj, declare_sink
 from mimo_jax.model.parameters import Make, ParamSpec, declare
 
 
@@ -30,31 +30,10 @@ class DFlashAttention(nnx.Module):
         self.q_proj = projection("q_proj", n // k, h)
         self.k_proj = projection("k_proj", 1, h)
         self.v_proj = projection("v_proj", 1, v)
-        self.o_proj = declare(
-            make,
-            ParamSpec(
-                f"{name}.o_proj.weight",
-                (d, k, n // k * v),
-                ("embed", "kv_heads", "group"),
-                stored_shape=(d, n * v),
-            ),
-        )
+        self.o_proj = declare_o_proj(make, name, d, k, n // k, v)
         self.q_norm = RMSNorm(h, eps, f"{name}.q_norm", make)
         self.k_norm = RMSNorm(h, eps, f"{name}.k_norm", make)
-        self.sink = (
-            declare(
-                make,
-                ParamSpec(
-                    f"{name}.attention_sink_bias",
-                    (k, n // k),
-                    ("kv_heads", "group"),
-                    init="zeros",
-                    stored_shape=(n,),
-                ),
-            )
-            if config.attention_sink_bias
-            else None
-        )
+        self.sink = declare_sink(make, name, k, n // k) if config.attention_sink_bias else None
 
 
 class DFlashLayer(nnx.Module):

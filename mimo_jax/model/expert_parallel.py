@@ -41,13 +41,12 @@ def moe_on_mesh(
     ragged = collectives.supports_ragged(_platform(mesh))
 
     def local(x: Array, weights: Array, chosen: Array, gate: Any, up: Any, down: Any) -> Array:
-        mine = chosen - gate.shape[0] * jax.lax.axis_index(split) if split else chosen
-        if not travel:
-            y = _flat_moe(x, weights, mine, gate, up, down)
-        else:
+        if travel:
             y = _travelling(
                 x, weights, chosen, gate, up, down, split=split, travel=travel, ragged=ragged
             )
+        else:
+            y = _flat_moe(x, weights, chosen - _first_expert(gate, split), gate, up, down)
         return jax.lax.psum(y, summed) if summed else y
 
     arrays = (x, weights, chosen, gate, up, down)
@@ -78,15 +77,18 @@ def _travelling(
 ) -> Array:
     """What the experts on the devices along `travel` make of this device's tokens."""
     flat = [a.reshape(-1, a.shape[-1]) for a in (x, weights, chosen)]
-    here = gate.shape[0]
-    wanted = _destinations(flat[2] // here, split, travel)
+    wanted = _destinations(flat[2] // gate.shape[0], split, travel)
     (x_in, weights_in, chosen_in), valid, route = collectives.dispatch(
         tuple(flat), wanted, travel, ragged=ragged
     )
-    mine = chosen_in - here * jax.lax.axis_index(split)
-    mine = jnp.where(valid[:, None], mine, -1)
+    mine = jnp.where(valid[:, None], chosen_in - _first_expert(gate, split), -1)
     y = moe(x_in, weights_in, mine, gate, up, down)
     return collectives.combine(y, route).reshape(x.shape)
+
+
+def _first_expert(gate: Any, split: tuple[str, ...]) -> Int[Array, ""] | int:
+    """The index of the first of this device's experts."""
+    return gate.shape[0] * jax.lax.axis_index(split) if split else 0
 
 
 def _destinations(

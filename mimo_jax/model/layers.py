@@ -76,6 +76,31 @@ class MLP(nnx.Module):
         return linear(jax.nn.silu(gate) * up, self.down_proj.get_value(), like=x)
 
 
+def declare_o_proj(
+    make: Make, name: str, dim: int, kv_heads: int, group: int, v_head_dim: int
+) -> nnx.Param:
+    """An attention's output projection [D, K, G * V], split by KV head or by group on a mesh."""
+    spec = ParamSpec(
+        f"{name}.o_proj.weight",
+        (dim, kv_heads, group * v_head_dim),
+        ("embed", "kv_heads", "group"),
+        stored_shape=(dim, kv_heads * group * v_head_dim),
+    )
+    return declare(make, spec)
+
+
+def declare_sink(make: Make, name: str, kv_heads: int, group: int) -> nnx.Param:
+    """The sink logits of an attention's query heads [K, G] (MODEL_SPEC 2.9)."""
+    spec = ParamSpec(
+        f"{name}.attention_sink_bias",
+        (kv_heads, group),
+        ("kv_heads", "group"),
+        init="zeros",
+        stored_shape=(kv_heads * group,),
+    )
+    return declare(make, spec)
+
+
 def rotary_angles(
     positions: Int[Array, "B T"], rotary_dim: int, theta: float
 ) -> tuple[Float[Array, "B T half"], Float[Array, "B T half"]]:

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mimo_jax.quant import quantize_fp8, quantize_mxfp4
+from mimo_jax.quant import FP8Array, MXFP4Array, quantize_fp8, quantize_mxfp4
 
 Format = Literal["plain", "fp8", "mxfp4"]
 
@@ -78,6 +78,13 @@ class ParamSpec:
     def size(self) -> int:
         """Number of weights."""
         return math.prod(self.shape)
+
+
+def value_format(value: Any) -> Format:
+    """How a parameter's value is held in memory."""
+    if isinstance(value, FP8Array):
+        return "fp8"
+    return "mxfp4" if isinstance(value, MXFP4Array) else "plain"
 
 
 Make = Callable[[ParamSpec], Any]

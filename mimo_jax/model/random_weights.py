@@ -28,6 +28,11 @@ from sharding import mesh
 MXFP4_SCALES = 119
 
 Kind = Literal["normal", "zeros", "ones", "fp8", "fp8_scale", "mxfp4", "mxfp4_scale"]
+# Of codes and of scales.
+KINDS: dict[type, tuple[Kind, ...]] = {
+    FP8Array: ("fp8", "fp8_scale"),
+    MXFP4Array: ("mxfp4", "mxfp4_scale"),
+}
 
 
 def random_release(seed: int, dtype: Any, placement: Placement | None = None) -> Make:
@@ -50,17 +55,11 @@ def random_release(seed: int, dtype: Any, placement: Placement | None = None) ->
                     np.uint32(key ^ which), array.shape, array.dtype, kind, spec.std, sharding
                 )
 
-        if isinstance(arrays, FP8Array | MXFP4Array):
-            form = type(arrays)
-            kinds: tuple[Kind, Kind] = (
-                ("fp8", "fp8_scale") if form is FP8Array else ("mxfp4", "mxfp4_scale")
-            )
-            where = (None, None) if placed is None else (placed.codes, placed.scales)
-            return form(
-                fill(arrays.codes, kinds[0], where[0], 0),
-                fill(arrays.scales, kinds[1], where[1], 1),
-            )
-        return fill(arrays, spec.init, placed, 0)
+        kinds = KINDS.get(type(arrays), (spec.init,))
+        leaves, form = jax.tree.flatten(arrays)
+        where = [None] * len(leaves) if placed is None else jax.tree.leaves(placed)
+        filled = map(fill, leaves, kinds, where, range(len(leaves)))
+        return jax.tree.unflatten(form, filled)
 
     return make
 

@@ -15,9 +15,8 @@ from mimo_jax.config import DFlashConfig, LayerSpec, MiMoConfig
 from mimo_jax.model.backbone import MiMo
 from mimo_jax.model.dflash import DFlash
 from mimo_jax.model.mtp import MTP
-from mimo_jax.model.parameters import Format, ParamSpec, abstract, parameters
+from mimo_jax.model.parameters import Format, ParamSpec, abstract, parameters, value_format
 from mimo_jax.model.placement import Placement
-from mimo_jax.quant import FP8Array, MXFP4Array
 from sharding import plan
 
 # Group of a backbone's parameter by a part of its name; the first that matches.
@@ -50,9 +49,7 @@ class Held:
     @property
     def format(self) -> Format:
         """The format it is held in."""
-        if isinstance(self.value, FP8Array | MXFP4Array):
-            return "fp8" if isinstance(self.value, FP8Array) else "mxfp4"
-        return "plain"
+        return value_format(self.value)
 
 
 @dataclasses.dataclass(frozen=True)

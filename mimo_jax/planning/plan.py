@@ -271,12 +271,7 @@ def _truncated(config: MiMoConfig, layers: int | None) -> MiMoConfig:
         raise ValueError(
             f"layers={layers} is outside 1..{config.num_hidden_layers}, the model's layers"
         )
-    return dataclasses.replace(
-        config,
-        num_hidden_layers=layers,
-        hybrid_layer_pattern=config.hybrid_layer_pattern[:layers],
-        moe_layer_freq=config.moe_layer_freq[:layers],
-    )
+    return config.truncated(layers)
 
 
 def _check_numbers(config: MiMoConfig, **numbers: int) -> None:
