@@ -38,7 +38,7 @@ def moe_on_mesh(
     split, width, _ = (axes_of(entry) for entry in entries(jax.tree.leaves(gate)[0]))
     travel = tuple(a for a in split if a in tokens)
     summed = tuple(a for a in (*split, *width) if a not in tokens)
-    ragged = collectives.supports_ragged(_platform(mesh))
+    ragged = collectives.prefers_ragged(_platform(mesh))
 
     def local(x: Array, weights: Array, chosen: Array, gate: Any, up: Any, down: Any) -> Array:
         if travel:

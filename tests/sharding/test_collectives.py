@@ -18,7 +18,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
 from sharding import hlo
-from sharding.collectives import combine, dispatch, supports_ragged
+from sharding.collectives import combine, dispatch, prefers_ragged, supports_ragged
 
 FORMS = pytest.mark.parametrize("ragged", [False, True], ids=["padded", "ragged"])
 
@@ -340,6 +340,7 @@ def test_ragged_lowers_with_the_groups_of_the_axis(case, platform):
 def test_supports_ragged():
     assert all(supports_ragged(platform) for platform in ("gpu", "cuda", "rocm", "tpu"))
     assert not supports_ragged("cpu")
+    assert not any(prefers_ragged(p) and not supports_ragged(p) for p in ("cpu", "gpu", "tpu"))
 
     def local(x, wanted):
         return dispatch(x, wanted, "expert", ragged=True)[0]
