@@ -1,131 +1,31 @@
-"""Quantised weight formats of the MiMo releases as pytrees (MODEL_SPEC 5.2, 5.3).
+"""Quantisation of dense weights into the formats of the MiMo releases (MODEL_SPEC 5.2, 5.3).
 
-Both types hold exactly the bytes of the checkpoint, so saving what was loaded is bit-exact:
-
-- `FP8Array`: float8_e4m3fn codes with one float32 multiplier for each 128 x 128 block.
-- `MXFP4Array`: two e2m1 codes a byte with one E8M0 exponent byte for each 32 columns of a row.
-
-`dequantize` turns either (or a plain array, unchanged but for its dtype) into dense weights.
+The formats themselves are in `pallas_kernels.formats`, the way back in `pallas_kernels.dequantize`.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Float
 
-from sharding.types import entries, sharding
+from pallas_kernels.dequantize import dequantize as dequantize
+from pallas_kernels.formats import BLOCKS as BLOCKS
+from pallas_kernels.formats import FP8_BLOCK as FP8_BLOCK
+from pallas_kernels.formats import MXFP4_BLOCK as MXFP4_BLOCK
+from pallas_kernels.formats import MXFP4_NAN_SCALE as MXFP4_NAN_SCALE
+from pallas_kernels.formats import FP8Array as FP8Array
+from pallas_kernels.formats import MXFP4Array as MXFP4Array
+from pallas_kernels.formats import QuantizedArray as QuantizedArray
 
-FP8_BLOCK = 128
-MXFP4_BLOCK = 32
 FP8_MAX = 448.0
-MXFP4_NAN_SCALE = 255
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class FP8Array:
-    """A matrix (or stack) in block-FP8: W[r, c] = codes[r, c] * scales[r // 128, c // 128].
-
-    Attributes:
-      codes: float8_e4m3fn [..., R, C].
-      scales: float32 [..., ceil(R / 128), ceil(C / 128)]; the checkpoint's `weight_scale_inv`,
-        a multiplier despite the name.
-    """
-
-    codes: Any
-    scales: Any
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the matrix that is represented."""
-        return tuple(self.codes.shape)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class MXFP4Array:
-    """A matrix (or stack) in MXFP4: W[r, c] = e2m1(code[r, c]) * 2 ** (scales[r, c // 32] - 127).
-
-    Attributes:
-      codes: uint8 [..., R, C / 2]; byte j holds column 2j in its low and 2j + 1 in its high nibble.
-      scales: uint8 [..., R, C / 32]; the checkpoint's `weight_scale`, exponents and not numbers.
-    """
-
-    codes: Any
-    scales: Any
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the matrix that is represented."""
-        return (*self.codes.shape[:-1], 2 * self.codes.shape[-1])
-
-
-QuantizedArray = FP8Array | MXFP4Array
-
-# Rows and columns of the weights that an element stands for: of the codes, and of the scales.
-BLOCKS: dict[type, tuple[tuple[int, int], tuple[int, int]]] = {
-    FP8Array: ((1, 1), (FP8_BLOCK, FP8_BLOCK)),
-    MXFP4Array: ((1, 2), (1, MXFP4_BLOCK)),
-}
-
-
-def dequantize(w: Any, dtype: Any) -> Array:
-    """Dense weights in `dtype` from a plain, FP8 or MXFP4 array.
-
-    MXFP4 values are exact in bfloat16 and float32, but that the platform may flush float32
-    denormals (codes below 2 with scale byte 0, below 1 with byte 1) to zero.  FP8 values are
-    rounded once, from the float32 product.
-    """
-    if isinstance(w, FP8Array):
-        return _dequantize_fp8(w.codes, w.scales).astype(dtype)
-    if isinstance(w, MXFP4Array):
-        return _dequantize_mxfp4(w.codes, w.scales).astype(dtype)
-    return jnp.asarray(w).astype(dtype)
-
-
-def _dequantize_fp8(codes: Array, scales: Float[Array, "*s rb cb"]) -> Array:
-    rows, cols = codes.shape[-2:]
-    placed = sharding(scales, *entries(scales))
-    per_row = jnp.repeat(scales, FP8_BLOCK, axis=-2, out_sharding=placed)[..., :rows, :]
-    per_element = jnp.repeat(per_row, FP8_BLOCK, axis=-1, out_sharding=placed)[..., :cols]
-    return codes.astype(jnp.float32) * per_element
-
-
-def _dequantize_mxfp4(
-    codes: UInt8[Array, "*s R half"], scales: UInt8[Array, "*s R blocks"]
-) -> Array:
-    *lead, rows, half = codes.shape
-    by_block = codes.reshape(*lead, rows, 2 * half // MXFP4_BLOCK, MXFP4_BLOCK // 2)
-    nibbles = jnp.stack([by_block & 0xF, by_block >> 4], axis=-1)
-    # Byte 0 is 2 ** -127, a denormal that platforms flush to zero: halve and take 2 ** -126.
-    halved = jnp.where(scales == 0, jnp.float32(0.5), jnp.float32(1.0))[..., None, None]
-    scale = _decode_e8m0(jnp.maximum(scales, 1))[..., None, None]
-    values = _decode_e2m1(nibbles) * halved * scale
-    return values.reshape(*lead, rows, 2 * half, out_sharding=sharding(codes, *entries(codes)))
-
-
-def _decode_e2m1(code: UInt8[Array, "*s"]) -> Float[Array, "*s"]:
-    """float32 of e2m1 codes 0..15 by bit placement (a table look-up is slow on every backend)."""
-    c = code.astype(jnp.uint32)
-    magnitude = c & 7
-    # 0 and 0.5 are the codes below the first normal number; from 1.0 on the bits are a float's.
-    bits = jnp.where(magnitude < 2, magnitude * 0x3F000000, (magnitude << 22) + 0x3F000000)
-    return jax.lax.bitcast_convert_type(bits | ((c & 8) << 28), jnp.float32)
-
-
-def _decode_e8m0(scale: UInt8[Array, "*s"]) -> Float[Array, "*s"]:
-    """float32 of E8M0 bytes 1..255: 2 ** (s - 127), NaN for 255."""
-    value = jax.lax.bitcast_convert_type(scale.astype(jnp.uint32) << 23, jnp.float32)
-    return jnp.where(scale == MXFP4_NAN_SCALE, jnp.nan, value)
-
-
-def quantize_fp8(w: Float[Array, "*s R C"]) -> FP8Array:
+def quantize_fp8(w: Float[jax.Array, "*s R C"]) -> FP8Array:
     """Block-FP8 of dense weights: each 128 x 128 block scaled so that its largest |w| is 448."""
     *lead, rows, cols = w.shape
     pad = [(0, 0)] * len(lead) + [(0, -rows % FP8_BLOCK), (0, -cols % FP8_BLOCK)]
@@ -140,7 +40,7 @@ def quantize_fp8(w: Float[Array, "*s R C"]) -> FP8Array:
     return FP8Array(codes[..., :rows, :cols], scales)
 
 
-def quantize_mxfp4(w: Float[Array, "*s R C"]) -> MXFP4Array:
+def quantize_mxfp4(w: Float[jax.Array, "*s R C"]) -> MXFP4Array:
     """MXFP4 of dense weights, by the OCP microscaling rule.
 
     A block's exponent is floor(log2(max |w|)) - 2; values round to the nearest code, ties to the

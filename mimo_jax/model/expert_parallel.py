@@ -10,6 +10,7 @@ split the experts, W those that split their width, and B those that split the to
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -17,9 +18,27 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-from mimo_jax.model.experts import moe
+from pallas_kernels.moe import moe, route
 from sharding import collectives
 from sharding.types import axes_of, entries, explicit_mesh
+
+
+def route_on_mesh(
+    scores: Float[Array, "B T E"],
+    bias: Float[Array, " E"],
+    top_k: int,
+    *,
+    normalize: bool,
+    scale: float | None,
+) -> tuple[Float[Array, "B T X"], Int[Array, "B T X"]]:
+    """`pallas_kernels.moe.route` of tokens that may be split over a mesh."""
+    choose = functools.partial(route, top_k=top_k, normalize=normalize, scale=scale)
+    if explicit_mesh(scores) is None:
+        return choose(scores, bias)
+    rows = P(entries(scores)[0])
+    # XLA does not split its top-k by itself: it would bring all tokens to every device.
+    split = jax.shard_map(choose, in_specs=(rows, P()), out_specs=rows, check_vma=False)
+    return split(scores, bias)
 
 
 def moe_on_mesh(

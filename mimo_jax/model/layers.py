@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from mimo_jax.model.parameters import Format, Make, ParamSpec, declare
 from mimo_jax.quant import dequantize
+from pallas_kernels.einsum import einsum32
 from sharding.types import entries, sharding
 
 
@@ -26,22 +27,15 @@ def linear(x: Float[Array, "*b D"], w: Any, *, like: Array | None = None) -> Flo
 
 
 def contract(equation: str, *operands: Array, like: Array | None = None) -> Array:
-    """An einsum with float32 accumulation and result; float32 operands are multiplied exactly
-    (GPUs and TPUs round them to fewer bits by default).
+    """`einsum32` on any mesh.
 
     Args:
       equation, operands: as in jnp.einsum.
       like: on a mesh, the array whose sharding the result gets.  Needed where dimensions are
         summed that are split, and then what the devices have is summed as well.
     """
-    exact = all(o.dtype == jnp.float32 for o in operands)
-    return jnp.einsum(
-        equation,
-        *operands,
-        precision=jax.lax.Precision.HIGHEST if exact else None,
-        preferred_element_type=jnp.float32,
-        out_sharding=None if like is None else sharding(like, *entries(like)),
-    )
+    placed = None if like is None else sharding(like, *entries(like))
+    return einsum32(equation, *operands, out_sharding=placed)
 
 
 class RMSNorm(nnx.Module):

@@ -8,8 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from mimo_jax.config import MiMoConfig
-from mimo_jax.model.expert_parallel import moe_on_mesh
-from mimo_jax.model.experts import route
+from mimo_jax.model.expert_parallel import moe_on_mesh, route_on_mesh
 from mimo_jax.model.layers import contract
 from mimo_jax.model.parameters import Format, Make, ParamSpec, declare
 from mimo_jax.model.taps import Taps
@@ -57,7 +56,7 @@ class MoE(nnx.Module):
         logits = contract("btd,ed->bte", x.astype(jnp.float32), self.gate[...].astype(jnp.float32))
         scores = jax.nn.sigmoid(logits)
         taps.record(f"router.{self.index}", scores)
-        weights, chosen = route(
+        weights, chosen = route_on_mesh(
             scores,
             self.e_score_correction_bias[...],
             self.top_k,

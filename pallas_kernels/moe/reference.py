@@ -1,4 +1,4 @@
-"""Routing and expert computation of the mixture of experts (MODEL_SPEC 2.12), in plain jnp.
+"""Routing and expert computation of a mixture of experts in plain jnp: the definition of both.
 
 Only the experts that tokens are routed to are computed: a few (token, expert) pairs gather their
 experts' weights; many are sorted into tiles of rows that share an expert.
@@ -12,9 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from mimo_jax.model.layers import contract
-from mimo_jax.quant import dequantize
-from sharding.types import by_rows
+from pallas_kernels.dequantize import dequantize
+from pallas_kernels.einsum import einsum32
 
 # Up to this many (token, expert) pairs, weights are gathered a pair; above, rows are tiled.
 GATHER_PAIRS = 64
@@ -32,16 +31,16 @@ def route(
 ) -> tuple[Float[Array, "*b X"], Int[Array, "*b X"]]:
     """Mixing weights and indices of each token's experts.
 
-    The bias takes part in choosing the experts and not in mixing them (MODEL_SPEC 2.12).
+    The bias takes part in choosing the experts and not in mixing them (DeepSeek-V3, section 2.1.2).
 
     Args:
       scores: sigmoid router outputs, float32.
-      bias: `e_score_correction_bias`.
+      bias: of the selection.
       top_k: experts a token.
       normalize: divide the chosen scores by their sum.
-      scale: routed_scaling_factor, None for 1.
+      scale: factor of all weights, None for 1.
     """
-    chosen = by_rows(lambda s: jax.lax.top_k(s, top_k)[1], scores + bias)
+    chosen = jax.lax.top_k(scores + bias, top_k)[1]
     weights = jnp.take_along_axis(scores, chosen, axis=-1)
     if normalize:
         weights = weights / (weights.sum(axis=-1, keepdims=True) + 1e-20)
@@ -56,9 +55,9 @@ def swiglu_experts(
     def weights(stack: Any) -> Array:
         return dequantize(jax.tree.map(lambda a: a[expert], stack), x.dtype)
 
-    g = contract("grd,gfd->grf", x, weights(gate)).astype(x.dtype)
-    u = contract("grd,gfd->grf", x, weights(up)).astype(x.dtype)
-    return contract("grf,gdf->grd", jax.nn.silu(g) * u, weights(down)).astype(x.dtype)
+    g = einsum32("grd,gfd->grf", x, weights(gate)).astype(x.dtype)
+    u = einsum32("grd,gfd->grf", x, weights(up)).astype(x.dtype)
+    return einsum32("grf,gdf->grd", jax.nn.silu(g) * u, weights(down)).astype(x.dtype)
 
 
 def moe(
