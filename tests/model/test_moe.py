@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from jaxprs import dot_flops, equations
 
 from mimo_jax.config import MiMoConfig
-from pallas_kernels.moe import reference as experts_module
-from pallas_kernels.moe.reference import GATHER_PAIRS, moe, route, swiglu_experts
 from mimo_jax.model.moe import MoE
 from mimo_jax.model.taps import Taps
 from mimo_jax.quant import numpy_dequantize, quantize_fp8, quantize_mxfp4
+from pallas_kernels.moe import reference as experts_module
+from pallas_kernels.moe.reference import GATHER_PAIRS, moe, route, swiglu_experts
 
 E, F, D = 6, 32, 64
 FORMATS = {"plain": lambda w: w, "fp8": quantize_fp8, "mxfp4": quantize_mxfp4}
