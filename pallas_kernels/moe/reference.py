@@ -6,6 +6,8 @@ experts' weights; many are sorted into tiles of rows that share an expert.
 
 from __future__ import annotations
 
+import functools
+import operator
 from typing import Any
 
 import jax
@@ -43,7 +45,9 @@ def route(
     chosen = jax.lax.top_k(scores + bias, top_k)[1]
     weights = jnp.take_along_axis(scores, chosen, axis=-1)
     if normalize:
-        weights = weights / (weights.sum(axis=-1, keepdims=True) + 1e-20)
+        # One addition after the other: kernels add in this order too, and are equal bit for bit.
+        total = functools.reduce(operator.add, jnp.split(weights, top_k, axis=-1))
+        weights = weights / (total + 1e-20)
     return weights if scale is None else weights * scale, chosen
 
 

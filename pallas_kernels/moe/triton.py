@@ -1,0 +1,200 @@
+"""Few tokens on packed MXFP4 experts, in Triton: each expert that is needed is read once.
+
+There is no sorting and no table.  A program belongs to a tile of rows of the weights and to a
+(token, expert) pair.  It counts the earlier pairs with the same expert: at every eighth it works on
+that pair and the up to seven that follow, as the eight columns of a matrix instruction whose rows
+are weights, and otherwise it has nothing to do.  Results are stored by pair, so the weighted sum of
+a token's experts needs no index.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+from jaxtyping import Array, Bool, Float, Int
+
+from pallas_kernels.moe.combine import weighted_sum
+from pallas_kernels.triton import mxfp4_products
+from pallas_kernels.words import TILE_COLUMNS, TILE_ROWS, MXFP4Words
+
+MAX_TOKENS = 64
+COLUMNS = 8  # tokens a program: the narrowest matrix instruction
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+    """How one of the two products is cut.
+
+    Attributes:
+      rows: rows of a weight stack that a program computes; divides 64, or is 128 for `down`.
+      unroll: column tiles a step of the loop.
+      stages, warps: for Triton.
+    """
+
+    rows: int = 64
+    unroll: int = 1
+    stages: int = 4
+    warps: int = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Tiling of both products: gate with up, and down."""
+
+    up: Tiling
+    down: Tiling
+
+
+def configure(tokens: int, width: int, dim: int) -> Config:
+    """What was fastest on an H100 (benchmarks/LOG.md)."""
+    del tokens, width, dim
+    return Config(Tiling(), Tiling())
+
+
+def unsupported(x: Any, chosen: Any, gate: Any) -> str | None:
+    """Why these kernels can't do a case; None if they can."""
+    if not isinstance(gate, MXFP4Words):
+        return f"the experts are not packed MXFP4 but {type(gate).__name__}"
+    if x.dtype != jnp.bfloat16:
+        return f"activations are {x.dtype}, and tensor cores take bfloat16 here"
+    if len(chosen) > MAX_TOKENS:
+        return f"{len(chosen)} tokens are more than {MAX_TOKENS}"
+    return None
+
+
+def moe(
+    x: Float[Array, "P D"],
+    weights: Float[Array, "P X"],
+    chosen: Int[Array, "P X"],
+    gate: MXFP4Words,
+    up: MXFP4Words,
+    down: MXFP4Words,
+    *,
+    config: Config | None = None,
+    interpret: bool = False,
+) -> Float[Array, "P D"]:
+    """`reference.moe` in two kernels and a weighted sum.
+
+    Raises:
+      NotImplementedError: with the reason, if it can't.
+    """
+    if reason := unsupported(x, chosen, gate):
+        raise NotImplementedError(reason)
+    tokens, top_k = chosen.shape
+    width, dim = gate.padded
+    config = config or configure(tokens, width, dim)
+    x = jnp.pad(x, ((0, 0), (0, dim - x.shape[1]))) if dim > x.shape[1] else x
+    pairs = tokens * top_k
+    filled = pl.next_power_of_2(pairs)
+    expert = jnp.pad(chosen.reshape(-1), (0, filled - pairs), constant_values=-1)
+    call = functools.partial(_product, expert, pairs=pairs, interpret=interpret)
+    h = call(x, [gate, up], per_row=top_k, tiling=config.up)
+    y = call(h, [down], per_row=1, tiling=config.down)
+    return weighted_sum(y.reshape(tokens, top_k, -1)[..., : down.rows], weights, chosen, gate)
+
+
+def _product(
+    expert: Int[Array, " R"],
+    x: Float[Array, "N C"],
+    stacks: list[MXFP4Words],
+    *,
+    pairs: int,
+    per_row: int,
+    tiling: Tiling,
+    interpret: bool,
+) -> Float[Array, "pairs F"]:
+    """For each pair its expert's product with row pair // per_row of x: with one stack of weights,
+    or silu of the product with the first times that with the second."""
+    n_rows, n_columns = stacks[0].padded
+    n_experts = stacks[0].words.shape[0]
+    assert len(stacks) == 1 or tiling.rows <= TILE_ROWS
+    kernel = functools.partial(
+        _kernel,
+        n_experts=n_experts,
+        per_row=per_row,
+        steps=n_columns // TILE_COLUMNS,
+        tiling=tiling,
+        interpret=interpret,
+    )
+    arrays = [a for s in stacks for a in (s.words, s.scales)]
+    anywhere = pl.BlockSpec(memory_space=pl.ANY)
+    return pl.pallas_call(
+        kernel,
+        out_shape=jax.ShapeDtypeStruct((pairs, n_rows), jnp.bfloat16),
+        grid=(n_rows // tiling.rows, pairs),
+        in_specs=[anywhere] * (2 + len(arrays)),
+        out_specs=anywhere,
+        compiler_params=plt.CompilerParams(num_warps=tiling.warps, num_stages=tiling.stages),
+        interpret=interpret,
+        name="moe_up" if len(stacks) == 2 else "moe_down",
+    )(expert, x, *arrays)
+
+
+def _kernel(
+    expert_ref: Any,
+    x_ref: Any,
+    *refs: Any,
+    n_experts: int,
+    per_row: int,
+    steps: int,
+    tiling: Tiling,
+    interpret: bool,
+) -> None:
+    *stacks, out_ref = refs
+    row_tile, pair = pl.program_id(0), pl.program_id(1)
+    mine = plt.load(expert_ref.at[pair])
+    same = plt.load(expert_ref.at[:]) == mine
+    index = jnp.arange(same.shape[0])
+    earlier = jnp.sum((same & (index < pair)).astype(jnp.int32))
+
+    @pl.when((mine >= 0) & (mine < n_experts) & (earlier % COLUMNS == 0))
+    def work() -> None:
+        columns, valid = _columns(same, index, earlier)
+        token = columns // per_row
+
+        def tile(words: Any, scales: Any, row: Any) -> tuple[Any, Any]:
+            which, within = row // TILE_ROWS, row % TILE_ROWS
+            rows = pl.ds(within, min(tiling.rows, TILE_ROWS))
+            return (
+                lambda at: words.at[mine, which, at, rows, :],
+                lambda at: scales.at[mine, which, at, rows],
+            )
+
+        first = row_tile * tiling.rows
+        starts = [first + r for r in range(0, tiling.rows, TILE_ROWS)]
+        pairs_of_refs = list(zip(stacks[0::2], stacks[1::2]))
+        products = mxfp4_products(
+            [tile(words, scales, row) for words, scales in pairs_of_refs for row in starts],
+            lambda at: plt.load(x_ref.at[token[None, :], at[:, None]]),
+            rows=min(tiling.rows, TILE_ROWS),
+            tokens=COLUMNS,
+            steps=steps,
+            unroll=tiling.unroll,
+            interpret=interpret,
+        )
+        if len(pairs_of_refs) == 2:
+            g, u = products
+            products = [g * jax.nn.sigmoid(g) * u]
+        for row, y in zip(starts, products):
+            at = row + jnp.arange(y.shape[0])
+            # Beyond the end where there is no pair: the interpreter writes there, masked or not.
+            into = out_ref.at[jnp.where(valid, columns[None, :], out_ref.shape[0]), at[:, None]]
+            plt.store(into, y.astype(out_ref.dtype), mask=jnp.broadcast_to(valid, y.shape))
+
+
+def _columns(
+    same: Bool[Array, " R"], index: Int[Array, " R"], first: Int[Array, ""]
+) -> tuple[Int[Array, " 8"], Bool[Array, "1 8"]]:
+    """Of the pairs with the same expert those of rank first .. first + 7, and which there are."""
+    rank = jnp.cumsum(same.astype(jnp.int32)) - 1 - first
+    column = jnp.arange(COLUMNS)
+    hit = same[:, None] & (rank[:, None] == column[None, :])
+    pair = jnp.sum(jnp.where(hit, index[:, None], 0), axis=0)
+    there = jnp.sum(hit.astype(jnp.int32), axis=0) > 0
+    return pair, there[None, :]

@@ -1,0 +1,117 @@
+"""Choice of each token's experts, in Triton: one program a token, all of it in registers.
+
+XLA sorts for its top-k on GPUs, in several kernels.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+from jaxtyping import Array, Float, Int
+
+MAX_EXPERTS = 1024
+
+
+def unsupported(scores: Any) -> str | None:
+    """Why this kernel can't do a case; None if it can."""
+    if scores.shape[-1] > MAX_EXPERTS:
+        return f"{scores.shape[-1]} experts are more than {MAX_EXPERTS}"
+    return None
+
+
+def route(
+    scores: Float[Array, "P E"],
+    bias: Float[Array, " E"],
+    top_k: int,
+    *,
+    normalize: bool,
+    scale: float | None,
+    interpret: bool = False,
+) -> tuple[Float[Array, "P X"], Int[Array, "P X"]]:
+    """`reference.route`, bit for bit.
+
+    Raises:
+      NotImplementedError: with the reason, if it can't.
+    """
+    if reason := unsupported(scores):
+        raise NotImplementedError(reason)
+    tokens, n_experts = scores.shape
+    kernel = functools.partial(
+        _kernel,
+        n_experts=n_experts,
+        top_k=top_k,
+        normalize=normalize,
+        scale=scale,
+        interpret=interpret,
+    )
+    anywhere = pl.BlockSpec(memory_space=pl.ANY)
+    return pl.pallas_call(
+        kernel,
+        out_shape=(
+            jax.ShapeDtypeStruct((tokens, top_k), jnp.float32),
+            jax.ShapeDtypeStruct((tokens, top_k), jnp.int32),
+        ),
+        grid=(tokens,),
+        in_specs=[anywhere] * 2,
+        out_specs=(anywhere, anywhere),
+        # One warp: its reductions need no shared memory and no barrier.
+        compiler_params=plt.CompilerParams(num_warps=1, num_stages=1),
+        interpret=interpret,
+        name="moe_route",
+    )(scores, bias)
+
+
+def _kernel(
+    scores_ref: Any,
+    bias_ref: Any,
+    weights_ref: Any,
+    chosen_ref: Any,
+    *,
+    n_experts: int,
+    top_k: int,
+    normalize: bool,
+    scale: float | None,
+    interpret: bool,
+) -> None:
+    token = pl.program_id(0)
+    expert = jnp.arange(pl.next_power_of_2(n_experts))
+    slot = jnp.arange(pl.next_power_of_2(top_k))
+    there = expert < n_experts
+    scores = plt.load(scores_ref.at[token, expert], mask=there, other=0.0)
+    left = scores + plt.load(bias_ref.at[expert], mask=there, other=0.0)
+    left = jnp.where(there, left, -jnp.inf)
+    weights, chosen = jnp.zeros(slot.shape, jnp.float32), jnp.zeros(slot.shape, jnp.int32)
+    total = jnp.float32(0)
+    for k in range(top_k):
+        best = jnp.argmax(left)  # of equals the first, as in lax.top_k
+        score = jnp.sum(jnp.where(expert == best, scores, 0.0))
+        left = jnp.where(expert == best, -jnp.inf, left)
+        total = total + score
+        weights = jnp.where(slot == k, score, weights)
+        chosen = jnp.where(slot == k, best.astype(jnp.int32), chosen)
+    if normalize:
+        weights = _divide(weights, total + 1e-20, interpret)
+    if scale is not None:
+        weights = weights * scale
+    wanted = slot < top_k
+    plt.store(weights_ref.at[token, slot], weights, mask=wanted)
+    plt.store(chosen_ref.at[token, slot], chosen, mask=wanted)
+
+
+def _divide(a: Array, b: Array, interpret: bool) -> Array:
+    """a / b rounded as IEEE 754 wants it, which Triton's division isn't."""
+    if interpret:
+        return a / b
+    [quotient] = plt.elementwise_inline_asm(
+        "div.rn.f32 $0, $1, $2;",
+        args=[a, jnp.broadcast_to(b, a.shape)],
+        constraints="=f,f,f",
+        pack=1,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(a.shape, jnp.float32)],
+    )
+    return quotient

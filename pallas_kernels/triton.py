@@ -1,0 +1,93 @@
+"""What the Triton kernels share: decoding of words, and products with them.
+
+Triton sees no register, but where a tile of 16-bit words is decoded element by element its layout
+stays that of the bfloat16 tile a matrix instruction takes, so decoding costs a few integer
+instructions for each two weights and no exchange between threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import triton as plt
+from jaxtyping import Array, Float, Int, UInt16, UInt32
+
+from pallas_kernels.words import MAX_SCALE as MAX_SCALE
+from pallas_kernels.words import TILE_COLUMNS, decode_mxfp4
+
+GROUPS = 4  # of 32 columns with a scale of their own, in a tile
+
+# From two words to two bfloat16 of 2^-126 times the values of their codes j.
+_PLACE = (
+    "and.b32 t, $1, 0x81C081C0;",
+    "shl.b32 t, $1, 3; and.b32 t, t, 0x81C081C0;",
+    "shl.b32 t, $1, 6; and.b32 t, t, 0x81C081C0;",
+    """.reg .b32 u, v;
+    shl.b32 t, $1, 1; and.b32 t, t, 0x80008000;
+    shr.b32 u, $1, 3; and.b32 u, u, 0x01800180;
+    shr.b32 v, $1, 7; and.b32 v, v, 0x00400040;
+    or.b32 t, t, u; or.b32 t, t, v;""",
+)
+
+
+def decode(
+    words: UInt16[Array, "M 32"], scales: UInt32[Array, " M"], j: int, *, interpret: bool
+) -> Float[Array, "M 32"]:
+    """bfloat16 weights of the columns 32 j .. 32 j + 31 of a tile of `MXFP4Words`."""
+    if interpret:
+        return decode_mxfp4(words, scales, j)
+    # The scale's byte, twice, where bfloat16 has its exponent.
+    exponent = (scales >> (8 * j)) & 0xFF if j else scales & 0xFF
+    pair = exponent * jnp.uint32(0x00800080)
+    pair = jnp.broadcast_to(pair[:, None], words.shape)
+    asm = "{ .reg .b32 t; " + _PLACE[j] + " mul.rn.bf16x2 $0, t, $2; }"
+    # Of the two registers that a pair of scales is, the second holds the same.
+    [values] = plt.elementwise_inline_asm(
+        asm,
+        args=[words, pair],
+        constraints="=r,r,r,r",
+        pack=2,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(words.shape, jnp.bfloat16)],
+    )
+    return values
+
+
+def mxfp4_products(
+    tiles: Sequence[tuple[Callable[[Any], Any], Callable[[Any], Any]]],
+    columns_of_x: Callable[[Int[Array, " 32"]], Float[Array, "32 N"]],
+    *,
+    rows: int,
+    tokens: int,
+    steps: int,
+    unroll: int,
+    interpret: bool,
+) -> list[Float[Array, "M N"]]:
+    """Products of several tiles of rows with the same tokens, over all columns.
+
+    Args:
+      tiles: for each, functions from a column tile to the refs of its words [M, 32] and scales [M].
+      columns_of_x: the tokens' values at some columns, bfloat16.
+      rows, tokens: M and N.
+      steps: column tiles.
+      unroll: column tiles at a time; divides `steps`.
+      interpret: decode by portable operations.
+    """
+
+    def body(i: Any, sums: list[Array]) -> list[Array]:
+        for tile in range(unroll):
+            at = i * unroll + tile
+            loaded = [(plt.load(words(at)), plt.load(scales(at))) for words, scales in tiles]
+            for j in range(GROUPS):
+                columns = at * TILE_COLUMNS + 32 * j + jnp.arange(32)
+                x = columns_of_x(columns)
+                sums = [
+                    total + plt.dot(decode(words, scales, j, interpret=interpret), x)
+                    for total, (words, scales) in zip(sums, loaded)
+                ]
+        return sums
+
+    zeros = [jnp.zeros((rows, tokens), jnp.float32) for _ in tiles]
+    return jax.lax.fori_loop(0, steps // unroll, body, zeros)
