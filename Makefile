@@ -1,14 +1,16 @@
-# make demo | test | lint | format.  Everything is installed in .venv, and again only when
-# pyproject.toml or constraints.txt change.
+# make demo | test | compile | lint | format.  Everything is installed in .venv, and again only when
+# pyproject.toml or constraints.txt change.  The compilers that `make compile` needs are in a folder
+# of their own: wherever jax can import them, it takes them for devices to run on.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip -qq --disable-pip-version-check install -c constraints.txt
 INPUTS := pyproject.toml constraints.txt
+COMPILERS := .compilers
 DEMO := outputs/demo.jsonl
 PYTEST_ARGS ?= -n 2
 
-.PHONY: demo test lint format
+.PHONY: demo test compile lint format
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -18,6 +20,9 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+compile: $(VENV)/.installed-test $(COMPILERS)/.installed
+	JAX_PLATFORMS=cpu PYTHONPATH=$(COMPILERS) $(BIN)/python -m pytest $(PYTEST_ARGS) tests/compiling
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -48,3 +53,10 @@ $(VENV)/.installed-dev: $(INPUTS) | $(VENV)/bin/python
 	@echo "installing mimo-jax with its tests and development tools in $(VENV)"
 	@$(PIP_INSTALL) -e '.[dev]'
 	@touch $@ $(VENV)/.installed $(VENV)/.installed-test
+
+$(COMPILERS)/.installed: compilers.txt | $(VENV)/bin/python
+	@echo "installing compilers for GPUs and TPUs in $(COMPILERS)"
+	@rm -rf $(COMPILERS)
+	@$(BIN)/python -m pip -qq --disable-pip-version-check install --no-deps --target $(COMPILERS) \
+	  -r compilers.txt
+	@touch $@
