@@ -8,8 +8,9 @@
             write(output)
 
 The processes find each other through `jax.distributed`. The messages of this module go through its
-coordination service, which process 0 hosts, and never over the devices. Without `initialize` a
-process is alone: it is the leader and agrees with itself.
+coordination service, which process 0 hosts, and never over the devices; of each other's ends the
+processes learn over connections of their own (sharding.peers). Without `initialize` a process is
+alone: it is the leader and agrees with itself.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def initialize(
     num_processes: int | None = None,
     process_id: int | None = None,
     *,
-    heartbeat_timeout: int = 20,
+    heartbeat_timeout: int = 60,
     start_timeout: int = 300,
 ) -> None:
     """Makes this process one of a job; call it before anything else that uses JAX.
@@ -60,12 +61,14 @@ def initialize(
     nothing is detected and the process has all devices of its host. A process that Slurm or Open
     MPI started gets one GPU, that of its local rank, unless JAX_LOCAL_DEVICE_IDS lists others.
 
+    From here on stdout takes only what Python writes; what libraries write there goes to stderr.
+
     Args:
         coordinator_address: host:port on which process 0 listens.
         num_processes: processes of the job.
         process_id: number of this process, from 0.
-        heartbeat_timeout: seconds of silence after which a process counts as dead; all end then,
-            and say so. (Where it is more than 30, XLA may first abort a collective that hangs.)
+        heartbeat_timeout: seconds of silence after which JAX takes a process for dead and aborts
+            the others. A process that ends is noticed at once, a host that is gone in 25 seconds.
         start_timeout: seconds within which all processes must arrive; this one ends otherwise.
 
     Raises:
@@ -115,7 +118,8 @@ def initialize(
     finally:
         alarm.cancel()
     if state.num_processes > 1:
-        _peers = Peers(state, heartbeat_timeout)
+        _peers = Peers(state)
+        _keep_stdout()
 
 
 def is_leader() -> bool:
@@ -233,6 +237,19 @@ def _nobody_came(timeout: int) -> None:
         f"started, each with that number of processes, and whether their hosts reach that address"
     )
     os._exit(1)
+
+
+def _keep_stdout() -> None:
+    """Leaves stdout to Python: libraries that write to descriptor 1 reach stderr from here on.
+
+    Gloo does, which carries the collectives of CPUs: a line for each group of devices, as they
+    first exchange. Where sys.stdout is no longer the one that Python opened, nothing is changed.
+    """
+    if sys.stdout is None or sys.stdout is not sys.__stdout__:
+        return
+    sys.stdout.flush()
+    sys.stdout = os.fdopen(os.dup(1), "w", encoding=sys.stdout.encoding, closefd=False)
+    os.dup2(2, 1)
 
 
 def _exchange(step: str, value: str) -> list[str]:

@@ -1,16 +1,15 @@
-"""The watch that each process of a job keeps over the others, and the messages between them.
+"""The links between the processes of a job, over which each learns of the others' ends.
 
-What JAX 0.11.2 does by itself, measured on CPUs: when a process dies, the coordination service at
-process 0 finds out by its missing heartbeats (at once, for process 0 itself), and every other one
+What JAX 0.11.2 does by itself, measured on CPUs: when a process dies, its coordination service at
+process 0 finds out by missing heartbeats (at once, for process 0 itself), and every other process
 aborts (exit code 134, forty lines of log), be it in a collective, at a barrier or idle. The
-collective itself hangs or breaks. A Python callback for this case ends in std::bad_cast, and in
-JAX's recoverable mode a collective may hang for good. So the abort stays, and threads that hear
-of the death at the same moment say it in a sentence and exit first.
+collective itself hangs or breaks. A Python callback for this case ends in std::bad_cast, a call
+that waits for the service may or may not return before the abort, and in JAX's recoverable mode a
+collective may hang for good.
 
-Three threads wait for three answers, because none of them always gets through while JAX aborts: the
-client holds its lock then, which the end of a barrier needs and the others don't
-(coordination_service_agent.cc), and the others are silent where the service is gone. What counts is
-the first.
+So every process has a connection to process 0, which its death closes, and a thread that listens on
+it. They end the process with a sentence; JAX's abort stays for what they can't see, such as a
+process that is stopped.
 """
 
 from __future__ import annotations
@@ -21,18 +20,19 @@ import ctypes
 import itertools
 import json
 import os
-import re
+import secrets
 import signal
-import sys
+import socket
 import threading
 import time
-from typing import Any, NoReturn
+from typing import Any
 
-_FAILURE = "job/failure"  # the key under which a process that fails says why
 _FOREVER = 10 * 365 * 24 * 3600 * 1000  # milliseconds; the service takes no infinity
-_LAST_WORDS = 10  # seconds that failing processes wait for each other before they exit
-# Statuses of an error that is this process's own; with any other a broken connection is possible.
-_OWN_ERRORS = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED")
+_LINKING = 30  # seconds in which process 0 hears from every other; they have met already
+_PATIENCE = 10  # seconds for a process to greet, or to follow the others' end
+_NEWS = 3  # seconds after an error in which the news of a death explains it better
+# A host that is gone closes nothing: the kernel asks it after 10 seconds, then every 5, 3 times.
+_KEEPALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}
 
 
 class DistributedError(OSError):
@@ -45,15 +45,16 @@ class DistributedError(OSError):
 
 def say(text: str) -> None:
     """Writes an error to stderr, without Python's buffers: the main thread may hold their lock."""
-    os.write(2, f"error: {text}\n".encode())
+    with contextlib.suppress(OSError):  # a process whose stderr is closed must end too
+        os.write(2, f"error: {text}\n".encode())
 
 
 def delay_abort() -> None:
     """Makes an aborting process wait for six seconds before it is gone.
 
-    JAX aborts from its own thread as soon as it hears of a dead peer, and ours need an instant to
-    say so. The handler is C's sleep() itself, called with the signal's number, 6: no Python runs on
-    a thread that may hold any lock.
+    JAX aborts at once when process 0 dies, and the thread that listens needs an instant to say so.
+    The handler is C's sleep() itself, called with the signal's number, 6: no Python runs on a
+    thread that may hold any lock.
     """
     libc = ctypes.CDLL(None)
     libc.signal.argtypes = [ctypes.c_int, ctypes.c_void_p]
@@ -64,25 +65,31 @@ def delay_abort() -> None:
 class Peers:
     """The other processes of this one's job."""
 
-    def __init__(self, state: Any, heartbeat_timeout: int) -> None:
-        """Starts the watch.
+    def __init__(self, state: Any) -> None:
+        """Connects the processes, and waits until all are; ends this one if that fails.
 
         Args:
             state: JAX's record of the job, with two or more processes.
-            heartbeat_timeout: seconds after which JAX takes a silent process for dead.
         """
         self.state, self.client = state, state.client
         self.process, self.count = state.process_id, state.num_processes
-        self.heartbeat_timeout = heartbeat_timeout
         self.steps = itertools.count()
         self.ending = threading.Lock()  # the thread that holds it ends the process
-        self.closing, self.closed = threading.Event(), threading.Event()
-        self.watches = [
-            threading.Thread(target=watch, daemon=True)
-            for watch in (self._watch_failures, self._watch_deaths, self._watch_barrier)
+        try:
+            self.links = self._accept() if self.process == 0 else {0: self._connect()}
+        except OSError as error:
+            say(
+                f"process {self.process} of {self.count} could not connect to "
+                f"{'process 0' if self.process else 'the others'}: {error}. See whether firewalls "
+                f"let the hosts of the job connect to any port of process 0's host"
+            )
+            os._exit(1)
+        self.listeners = [
+            threading.Thread(target=self._listen, args=link, daemon=True)
+            for link in self.links.items()
         ]
-        for watch in self.watches:
-            watch.start()
+        for listener in self.listeners:
+            listener.start()
         atexit.register(self.close)  # so it comes before JAX's own, which was registered earlier
 
     def exchange(self, step: str, value: str) -> list[str]:
@@ -102,7 +109,7 @@ class Peers:
             if number:  # all have read the step before, or they wouldn't be at this one
                 self.client.key_value_delete(f"job/step/{number - 1}/{name}")
         except RuntimeError:
-            time.sleep(_LAST_WORDS)  # a process has died: the watch ends this one with a sentence
+            time.sleep(_PATIENCE)  # a process has died: a listener ends this one with a sentence
             raise
         arrived = [json.loads(text) for _, text in sorted(entries)]
         for process, (at, _) in enumerate(arrived):
@@ -115,100 +122,97 @@ class Peers:
 
     def fail(self, error: BaseException, code: int) -> None:
         """Tells the others of this process's failure, and exits."""
-        from jax.errors import JaxRuntimeError
-
-        if isinstance(error, JaxRuntimeError) and not str(error).startswith(_OWN_ERRORS):
-            patience = self.heartbeat_timeout + _LAST_WORDS
-            print(f"waiting {patience} seconds for news of a dead process", file=sys.stderr)
-            time.sleep(patience)  # the watch exits if there is one: the better explanation
-        self._claim_end()
-        if not isinstance(error, DistributedError):  # every process raises that one by itself
-            text = str(error) or type(error).__name__
-            with contextlib.suppress(RuntimeError):  # another process was first to fail
-                self.client.key_value_set(
-                    _FAILURE, f"process {self.process} of {self.count} failed: {text}"
-                )
-        self._leave(code)
+        if isinstance(error, Exception):
+            # It may be a collective that a death broke, which JAX reports in several types, even
+            # ValueError: a listener ends this process then.
+            time.sleep(_NEWS)
+        self.ending.acquire()
+        if isinstance(error, DistributedError):  # which every process raises by itself
+            self._leave(code, None)
+        text = str(error) or type(error).__name__
+        self._leave(code, f"process {self.process} of {self.count} failed: {text}")
 
     def close(self) -> None:
-        """Ends JAX's part of the job, when the others end theirs, and with it the watch."""
-        self.closing.set()
-        self.state.shutdown()
-        self.closed.set()
-        for watch in self.watches:
-            watch.join()
-
-    def _watch_failures(self) -> None:
+        """Ends JAX's part of the job, when the others end theirs, and with it the links."""
+        self._tell(None)
         try:
-            text = self.client.blocking_key_value_get(_FAILURE, _FOREVER)
-        except RuntimeError:
-            self._lost_service()
-            return
-        self._claim_end()
-        say(text)
-        self._leave(1)
+            self.state.shutdown()
+        finally:  # where it fails because of a death, the listener's sentence comes first
+            for listener in self.listeners:
+                listener.join()
+        for link in self.links.values():
+            link.close()
 
-    def _watch_deaths(self) -> None:
-        # The answer comes when every process that lives has asked. A busy one only delays it.
-        everyone = list(range(self.count))
-        while not self.closed.wait(1):
-            try:
-                alive = self.client.get_live_nodes(everyone)
-            except RuntimeError:
-                self._lost_service()
+    def _accept(self) -> dict[int, socket.socket]:
+        token = secrets.token_hex()
+        links: dict[int, socket.socket] = {}
+        family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
+        dual = family == socket.AF_INET6
+        with socket.create_server(
+            ("", 0), family=family, backlog=self.count, dualstack_ipv6=dual
+        ) as server:
+            server.settimeout(_LINKING)
+            port = server.getsockname()[1]
+            self.client.key_value_set("job/links", json.dumps([port, token]))
+            while len(links) < self.count - 1:
+                link, _ = server.accept()
+                link.settimeout(_PATIENCE)
+                # Whoever doesn't know the token is no process of this job.
+                with contextlib.suppress(OSError, ValueError):
+                    # Without a buffer, which would take in what the process says next.
+                    greeting, process = link.makefile("rb", buffering=0).readline(100).split()
+                    if secrets.compare_digest(greeting, token.encode()):
+                        links[int(process)] = _kept_alive(link)
+        return links
+
+    def _connect(self) -> socket.socket:
+        port, token = json.loads(self.client.blocking_key_value_get("job/links", _FOREVER))
+        host = self.state.coordinator_address.rpartition(":")[0].strip("[]")
+        link = socket.create_connection((host, port), _PATIENCE)
+        link.sendall(f"{token} {self.process}\n".encode())
+        return _kept_alive(link)
+
+    def _listen(self, process: int, link: socket.socket) -> None:
+        """Waits for what the process at the other end says last, and acts on it."""
+        with contextlib.suppress(OSError, ValueError):  # a broken connection, a broken line
+            for line in link.makefile():
+                text = json.loads(line)
+                if text is not None:
+                    self._follow(text)
                 return
-            dead = set(everyone) - set(alive)
-            if dead and not self._closes_in_order():
-                self._end_after(min(dead))
-
-    def _watch_barrier(self) -> None:
-        # A barrier fails when one of its processes dies, and says which. Nobody may complete it:
-        # process 0 waits at one to which the others never come, and they wait at another.
-        watchers = "process 0" if self.process == 0 else "the others"
-        try:
-            self.client.wait_at_barrier(f"job/watch of {watchers}", _FOREVER)
-        except RuntimeError as error:
-            if not self._closes_in_order():
-                # The service names the process that fell silent, if it isn't itself: process 0's.
-                named = re.search(r"\bTask:? (\d+)", str(error))
-                self._end_after(int(named[1]) if named else 0)
-
-    def _lost_service(self) -> None:
-        # The service is process 0's: to itself that can only happen in the course of an end.
-        if self.process != 0 and not self._closes_in_order():
-            self._end_after(0)
-
-    def _closes_in_order(self) -> bool:
-        return self.closing.is_set() and self.closed.wait(2)
-
-    def _end_after(self, dead: int) -> NoReturn:
-        self._claim_end()
-        # JAX's lines come first, so that the sentence stands last. Process 0 ends last: the others
-        # hear of the death from its service, and its end would look like another death to them.
-        time.sleep(2 if self.process == 0 else 1)
-        say(
-            f"process {dead} of {self.count} stopped answering: it was killed, crashed, or lost "
+        if process == 0:
+            time.sleep(1)  # JAX's lines come first, so that the sentence stands last
+        self._follow(
+            f"process {process} of {self.count} stopped answering: it was killed, crashed, or lost "
             f"its network. The job ends; what was written is kept. That process's own log may say "
             f"why; then start the job again"
         )
-        os._exit(1)
 
-    def _claim_end(self) -> None:
-        """Makes this thread the one that ends the process; any other waits here for the end."""
-        self.ending.acquire()
+    def _follow(self, text: str) -> None:
+        if self.ending.acquire(blocking=False):
+            say(text)
+            self._leave(1, text)
 
-    def _leave(self, code: int) -> None:
-        # Process 0 goes last, when the others have heard of the failure and gone: its end aborts
-        # them. The others only make themselves known, so that nothing can hold them up.
-        arrival = threading.Thread(target=self._exchange_last_words, daemon=True)
-        arrival.start()
-        if self.process == 0:
-            arrival.join()
-            time.sleep(1)
-        else:
-            arrival.join(1)
+    def _leave(self, code: int, text: str | None) -> None:
+        self._tell(text)
+        if self.process == 0:  # goes last, for its end makes JAX abort the others
+            deadline = time.monotonic() + _PATIENCE
+            for listener in self.listeners:
+                if listener is not threading.current_thread():
+                    listener.join(max(0, deadline - time.monotonic()))
         os._exit(code)
 
-    def _exchange_last_words(self) -> None:
-        with contextlib.suppress(RuntimeError):  # one of them is dead, or too slow
-            self.client.wait_at_barrier("job/last words", _LAST_WORDS * 1000)
+    def _tell(self, text: str | None) -> None:
+        """Says this process's last word: why the others must end too, or None, that it ends."""
+        for link in self.links.values():
+            with contextlib.suppress(OSError):
+                link.sendall((json.dumps(text) + "\n").encode())
+
+
+def _kept_alive(link: socket.socket) -> socket.socket:
+    link.settimeout(None)
+    link.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in _KEEPALIVE.items():
+        if hasattr(socket, name):
+            link.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+    return link

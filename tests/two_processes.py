@@ -119,9 +119,6 @@ def main(source: str, name: str, options: str, arguments: str) -> None:
     """What each process runs."""
     from sharding import distributed
 
-    # Gloo, which carries the collectives of CPUs, writes to stdout: that goes to stderr from here.
-    sys.stdout = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
     spec = importlib.util.spec_from_file_location("program", source)
     assert spec
     assert spec.loader
