@@ -1,0 +1,99 @@
+"""The Triton kernels of `quantized_matmul`, interpreted, against the reference."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mimo_jax.quant import quantize_fp8, quantize_mxfp4
+from pallas_kernels.dequantize import dequantize
+from pallas_kernels.formats import FP8Array
+from pallas_kernels.quantized_matmul import reference, triton
+from pallas_kernels.quantized_matmul.cases import AWKWARD, REAL, Case
+from pallas_kernels.quantized_matmul.triton import Config
+from pallas_kernels.words import pack
+
+QUANTIZE = {"fp8": quantize_fp8, "mxfp4": quantize_mxfp4}
+
+
+def weights(case: Case):
+    return QUANTIZE[case.format](jax.random.normal(jax.random.key(1), case.weights))
+
+
+def activations(rows: int, columns: int):
+    return jax.random.normal(jax.random.key(2), (rows, columns), jnp.bfloat16)
+
+
+def check(y, x, w):
+    assert y.dtype == x.dtype
+    expected = reference.quantized_matmul(x.astype(jnp.float32), w)
+    assert y.shape == expected.shape
+    error = jnp.linalg.norm(y.astype(jnp.float32) - expected) / jnp.linalg.norm(expected)
+    assert float(error) < 5e-3
+
+
+@pytest.mark.parametrize("case", AWKWARD, ids=lambda c: c.name)
+def test_awkward_shapes(case):
+    w = weights(case)
+    for rows in case.rows:
+        x = activations(rows, w.shape[-1])
+        check(triton.quantized_matmul(x, pack(w), interpret=True), x, w)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        Config(tokens=16, rows=32),
+        Config(tokens=8, rows=128, unroll=2),
+        Config(tokens=16, splits=3, warps=2),
+        Config(tokens=8, splits=5),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", ["half-block", "odd-tiles", "stack-mxfp4"])
+def test_tilings(name, config):
+    [case] = [c for c in AWKWARD if c.name == name]
+    w = weights(case)
+    x = activations(9, w.shape[-1])
+    check(triton.quantized_matmul(x, pack(w), config=config, interpret=True), x, w)
+
+
+@pytest.mark.parametrize("case", AWKWARD, ids=lambda c: c.name)
+def test_dense_weights_are_those_of_dequantize(case):
+    w = weights(case)
+    packed = pack(w)
+    dense = triton.dequantize(packed, interpret=True)
+    dense = dense.reshape(*w.shape[:-2], *packed.padded)[..., : w.shape[-2], : w.shape[-1]]
+    expected = dequantize(w, jnp.bfloat16)
+    np.testing.assert_array_equal(dense.astype(jnp.float32), expected.astype(jnp.float32))
+
+
+def test_every_code(monkeypatch):
+    """All e4m3 codes but NaN, -0 and subnormals among them, and many tokens: decoded to memory."""
+    monkeypatch.setattr(triton, "FUSED_TOKENS", 8)
+    codes = jnp.tile(jnp.arange(256, dtype=jnp.uint8), 64 * 2).reshape(64, 512)
+    codes = jnp.where((codes & 0x7F) == 0x7F, 0x80, codes).astype(jnp.uint8)
+    codes = jax.lax.bitcast_convert_type(codes, jnp.float8_e4m3fn)
+    w = FP8Array(codes, jnp.asarray([[2.0**-9, 0.75, 1e-4, 3.0]]))
+    for rows in (3, 9):
+        x = activations(rows, 512)
+        check(triton.quantized_matmul(x, pack(w), interpret=True), x, w)
+
+
+def test_what_it_cannot_do():
+    w = weights(AWKWARD[0])
+    x = activations(2, 128)
+    assert "not packed" in (triton.unsupported(x, w) or "")
+    with pytest.raises(NotImplementedError, match="float32"):
+        triton.quantized_matmul(x.astype(jnp.float32), pack(w))
+    assert triton.unsupported(x, pack(w)) is None
+
+
+@pytest.mark.parametrize("case", REAL, ids=lambda c: c.name)
+def test_configurations_fit_the_shapes(case):
+    """Split columns evenly and fill whole tiles, for every real shape."""
+    w = jax.eval_shape(lambda: pack(weights(case)))
+    for rows in (r for r in case.rows if r <= triton.FUSED_TOKENS):
+        config = triton.configure(rows, w)
+        assert w.words.shape[-3] % (config.splits * config.unroll) == 0
+        assert 64 % config.rows == 0 or config.rows % 64 == 0
