@@ -22,6 +22,8 @@ from mimo_jax.decoding.autoregressive import Decoder, bucket
 from mimo_jax.decoding.outputs import GenerationOutput, Metrics, Row
 from mimo_jax.decoding.sampling import SamplingParams, sample_seed
 from mimo_jax.model.backbone import MiMo
+from mimo_jax.model.packing import pack_parameters
+from pallas_kernels.backends import Target, resolve
 from sharding import distributed
 from sharding.mesh import make_mesh, use
 from sharding.rules import ShardingRules
@@ -42,6 +44,7 @@ def load(
     rules: str | ShardingRules = "latency",
     random_weights: int | None = None,
     layers: int | None = None,
+    kernels: str = "auto",
     progress: Progress | None = None,
 ) -> LanguageModel:
     """Loads a model, ready to generate.
@@ -63,6 +66,10 @@ def load(
       random_weights: a seed; weights are made up on the devices instead of read, in the formats
         that the config announces.
       layers: with `random_weights`, only so many layers.
+      kernels: "auto" for those of this device ("triton" and "mosaic_gpu" on NVIDIA GPUs,
+        "mosaic_tpu" on TPUs, plain XLA elsewhere and for what they can't do), one of these names
+        for that alone, or "reference" for plain XLA.  Quantised weights are repacked for them,
+        exactly.
       progress: called while weights are read, with the bytes read so far and in all.
 
     Raises:
@@ -72,8 +79,11 @@ def load(
       ConfigError: its config asks for something that is not implemented.
       MeshError, ShardingError: there is no such mesh, or it does not divide the model.
       NotEnoughMemoryError: the weights would not fit; nothing has been allocated.
+      BackendError: there are no such kernels, or they don't run here or with these weights.
     """
     on = None if mesh is None else make_mesh(mesh)
+    device = jax.devices()[0] if on is None else on.devices.flat[0]
+    backends = resolve(kernels, Target.of(device))
     if random_weights is None:
         if layers is not None:
             raise ValueError("layers= cuts a model with random_weights=; give both or neither")
@@ -88,20 +98,27 @@ def load(
             rules=rules,
             progress=progress,
         )
-        return LanguageModel(loaded)
+        return _packed(loaded, backends)
     if dequantize or qkv is not None:
         raise ValueError("dequantize= and qkv= are about checkpoints; random_weights= reads none")
     config = MiMoConfig.from_pretrained(checkpoint.bundled().get(str(name_or_path), name_or_path))
     enable_compilation_cache()
-    return LanguageModel(
-        checkpoint.random_weights(
-            config if layers is None else config.truncated(layers),
-            random_weights,
-            dtype=dtype,
-            mesh=on,
-            rules=rules,
-        )
+    loaded = checkpoint.random_weights(
+        config if layers is None else config.truncated(layers),
+        random_weights,
+        dtype=dtype,
+        mesh=on,
+        rules=rules,
     )
+    return _packed(loaded, backends)
+
+
+def _packed(loaded: checkpoint.Loaded, backends: Sequence[str]) -> LanguageModel:
+    """The model with its weights repacked for these kernels."""
+    for module in (loaded.model, loaded.mtp, loaded.drafter):
+        if module is not None:
+            pack_parameters(module, backends)
+    return LanguageModel(loaded)
 
 
 def save_pretrained(lm: LanguageModel, folder: str | Path) -> None:

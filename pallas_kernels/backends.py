@@ -1,4 +1,4 @@
-"""Which kernels there are, and which of them a device can run.
+"""Which kernels there are, which of them a device can run, and which one does a case.
 
 The one place that knows platforms, generations and versions of jax.
 """
@@ -8,13 +8,11 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 
-# In the order in which they are preferred where several can do a case.  Each operation may have
-# reasons of its own to deviate (`pallas_kernels.moe.choose`).
 NAMES = ("mosaic_gpu", "triton", "mosaic_tpu")
 REFERENCE = "reference"
 
@@ -46,8 +44,23 @@ class Target:
         platform = device.platform
         if platform == "gpu":
             platform = "rocm" if "rocm" in device.client.platform_version.lower() else "cuda"
-        capability = getattr(device, "compute_capability", "0").replace(".", "")
+        capability = getattr(device, "compute_capability", "").replace(".", "")
         return cls(platform, device.device_kind, int(capability) if capability.isdigit() else 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Implementation:
+    """One backend's way to do an operation.
+
+    Attributes:
+      backend: its name in NAMES, or REFERENCE.
+      unsupported: why it can't do a case with these arrays (or their shapes); None if it can.
+      call: the operation; takes `interpret` if it is a kernel.
+    """
+
+    backend: str
+    unsupported: Callable[..., str | None]
+    call: Callable[..., Any]
 
 
 def why_not(name: str, target: Target) -> str | None:
@@ -64,19 +77,19 @@ def why_not(name: str, target: Target) -> str | None:
 
 
 def resolve(kernels: str, target: Target) -> tuple[str, ...]:
-    """The backends to use on a device, the preferred first; none means plain jnp.
+    """The backends that may be used on a device.
 
     Args:
-      kernels: "auto" for all that run there, "reference" for none, or a backend's name.
+      kernels: "auto" for all that run there and plain jnp, or one name.
       target: the device.
 
     Raises:
       BackendError: there is no backend of that name, or it doesn't run there.
     """
-    if kernels == REFERENCE:
-        return ()
     if kernels == "auto":
-        return tuple(n for n in NAMES if why_not(n, target) is None)
+        return (*(n for n in NAMES if why_not(n, target) is None), REFERENCE)
+    if kernels == REFERENCE:
+        return (REFERENCE,)
     if kernels not in NAMES:
         raise BackendError(
             f"there are no kernels {kernels!r}: choose auto, {', '.join(NAMES)} or {REFERENCE}"
@@ -87,9 +100,61 @@ def resolve(kernels: str, target: Target) -> tuple[str, ...]:
     return (kernels,)
 
 
+def choose(
+    implementations: Sequence[Implementation], allowed: Sequence[str], *case: Any
+) -> tuple[Implementation | None, list[tuple[str, str]]]:
+    """The first implementation that is allowed and can do a case, and why those before it aren't.
+
+    Args:
+      implementations: the preferred first.
+      allowed: names of backends, from `resolve`.
+      case: arrays, or their shapes, as the operation's `unsupported` functions take them.
+    """
+    refused = []
+    for implementation in implementations:
+        if implementation.backend not in allowed:
+            reason = "not among the kernels asked for, or not for this device"
+        else:
+            reason = implementation.unsupported(*case)
+        if reason is None:
+            return implementation, refused
+        refused.append((implementation.backend, reason))
+    return None, refused
+
+
+def call(
+    operation: str,
+    implementations: Sequence[Implementation],
+    allowed: Sequence[str],
+    case: Sequence[Any],
+    *args: Any,
+    **options: Any,
+) -> Any:
+    """Calls what `choose` chooses.
+
+    Raises:
+      NotImplementedError: nothing that is allowed can do the case; with the reasons.
+    """
+    chosen, refused = choose(implementations, allowed, *case)
+    if chosen is None:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in refused if name in allowed)
+        raise NotImplementedError(
+            f"{operation} with kernels={'/'.join(allowed)} can't do this ({reasons}): load the "
+            "model with kernels='auto'"
+        )
+    if chosen.backend != REFERENCE:
+        options["interpret"] = is_interpreted()
+    return chosen.call(*args, **options)
+
+
+def kernels_of(weights: Any) -> tuple[str, ...]:
+    """The backends that weights were packed for; plain jnp for any that weren't packed."""
+    return getattr(weights, "kernels", ()) or (REFERENCE,)
+
+
 @contextlib.contextmanager
 def interpreted() -> Iterator[None]:
-    """Kernels traced in this context are interpreted on any device, for tests."""
+    """Kernels traced in this context are interpreted, and all are said to run here; for tests."""
     token = _interpreted.set(True)
     try:
         yield

@@ -62,19 +62,22 @@ class _Words:
         return self.words.shape[-4] * TILE_ROWS, self.words.shape[-3] * TILE_COLUMNS
 
     @property
+    def parts(self) -> tuple[int, int]:
+        """Into how many parts the rows and the columns were cut before they were packed."""
+        filled = (_up(m, u) for m, u in zip((self.rows, self.columns), self._units))
+        rows, columns = (n // m for n, m in zip(self.padded, filled))
+        return rows, columns
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the matrix that is represented."""
-        parts = (n // _up(m, u) for n, m, u in zip(self.padded, self._part, self._units))
-        return (*self.words.shape[:-4], *(m * p for m, p in zip(self._part, parts)))
+        rows, columns = self.parts
+        return (*self.words.shape[:-4], rows * self.rows, columns * self.columns)
 
     @property
     def ndim(self) -> int:
         """Number of dimensions of the matrix that is represented."""
         return len(self.words.shape) - 2
-
-    @property
-    def _part(self) -> tuple[int, int]:
-        return self.rows, self.columns
 
     @property
     def _units(self) -> tuple[int, int]:
@@ -167,6 +170,14 @@ def _untiled(a: Array) -> Array:
     return jnp.swapaxes(a, -3, -2).reshape(*lead, rt * r, ct * c)
 
 
+def _cropped(a: Array, w: _Words, columns: int) -> Array:
+    """An array [..., R, C] without what fills the parts of w, which have so many columns in it."""
+    *lead, r, c = a.shape
+    rows_of, columns_of = w.parts
+    a = a.reshape(*lead, rows_of, r // rows_of, columns_of, c // columns_of)
+    return a[..., : w.rows, :, :columns].reshape(*lead, rows_of * w.rows, columns_of * columns)
+
+
 def _pack_mxfp4(w: MXFP4Array, kernels: tuple[str, ...]) -> MXFP4Words:
     rows, columns = w.shape[-2:]
     r, c = _up(rows, TILE_COLUMNS), _up(columns, TILE_COLUMNS)
@@ -196,7 +207,7 @@ def _unpack_mxfp4(w: MXFP4Words) -> MXFP4Array:
     scales = jnp.stack([(w.scales >> (8 * j)) & 0xFF for j in range(4)], axis=-1)
     scales = _untiled((scales - SCALE_SHIFT).astype(jnp.uint8))
     return MXFP4Array(
-        packed[..., : w.rows, : w.columns // 2], scales[..., : w.rows, : w.columns // MXFP4_BLOCK]
+        _cropped(packed, w, w.columns // 2), _cropped(scales, w, w.columns // MXFP4_BLOCK)
     )
 
 
@@ -212,12 +223,12 @@ def _pack_fp8(w: FP8Array, kernels: tuple[str, ...]) -> FP8Words:
 def _unpack_fp8(w: FP8Words) -> FP8Array:
     bits = jnp.concatenate([w.words & 0xFF, w.words >> 8], axis=-1).astype(jnp.uint8)
     codes = jax.lax.bitcast_convert_type(_untiled(bits), jnp.float8_e4m3fn)
-    return FP8Array(codes[..., : w.rows, : w.columns], w.scales)
+    return FP8Array(_cropped(codes, w, w.columns), w.scales)
 
 
 def decode_mxfp4(
-    words: UInt16[Array, "*s 64 32"], scales: UInt32[Array, "*s 64"], j: int
-) -> Float[Array, "*s 64 32"]:
+    words: UInt16[Array, "*s M 32"], scales: UInt32[Array, "*s M"], j: int
+) -> Float[Array, "*s M 32"]:
     """bfloat16 of the columns 32 j .. 32 j + 31 of tiles, by portable bit operations."""
     w = words.astype(jnp.uint32)
     magnitude = sum(
@@ -233,7 +244,7 @@ def decode_mxfp4(
     return (value * scale[..., None]).astype(jnp.bfloat16)
 
 
-def decode_fp8(words: UInt16[Array, "*s 64 64"], j: int) -> Float[Array, "*s 64 64"]:
+def decode_fp8(words: UInt16[Array, "*s M 64"], j: int) -> Float[Array, "*s M 64"]:
     """bfloat16 of the codes of the columns 64 j .. 64 j + 63 of tiles, without their scales."""
-    byte: UInt8[Array, "*s 64 64"] = ((words >> (8 * j)) & 0xFF).astype(jnp.uint8)
+    byte: UInt8[Array, "*s M 64"] = ((words >> (8 * j)) & 0xFF).astype(jnp.uint8)
     return jax.lax.bitcast_convert_type(byte, jnp.float8_e4m3fn).astype(jnp.bfloat16)

@@ -146,6 +146,7 @@ def main(
     preview: Annotated[int, typer.Option(min=0, help="Completions to show at the end.")] = 3,
     mesh: options.Mesh = None,
     rules: options.Rules = "latency",
+    kernels: options.Kernels = "auto",
 ) -> None:
     """Complete the prompts of a JSONL file with a model; the same command continues a run."""
     err = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
@@ -166,7 +167,7 @@ def main(
             err.print(f"{out_path} has {len(results.records)} lines already: going on")
         results.add_failures(failures)
         if not {request.id for request in requests} <= results.completed.keys():
-            lm = mj.load(model, mesh=mesh, rules=rules)
+            lm = mj.load(model, mesh=mesh, rules=rules, kernels=kernels)
             run_batches(lm, requests, results, batch_size, totals, err)
     except KeyboardInterrupt:
         safe = 0 if results is None else len(results.records)

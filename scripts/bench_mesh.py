@@ -72,6 +72,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             layers=args.layers,
             mesh=args.mesh,
             rules=args.rules,
+            kernels=args.kernels,
         )
         jax.block_until_ready(jax.tree.leaves(lm.model))
         result["init_s"] = time.perf_counter() - started
@@ -140,6 +141,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="only so many of its layers")
     parser.add_argument("--mesh", help="such as expert=2,tensor=2; one device by default")
     parser.add_argument("--rules", default="latency", help="how to split it")
+    parser.add_argument("--kernels", default="auto", help="auto, reference or a backend")
     parser.add_argument("--device", default="h100", help="kind of device, for the plan")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--prompt", type=int, default=512, help="tokens a row")

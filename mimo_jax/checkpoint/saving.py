@@ -41,7 +41,7 @@ from mimo_jax.checkpoint.qkv import aligned
 from mimo_jax.checkpoint.safetensors_file import DTYPE_NAMES, Entry, write_file
 from mimo_jax.checkpoint.survey import DRAFTER
 from mimo_jax.checkpoint.torch_file import write_mask_embedding
-from mimo_jax.checkpoint.values import to_host
+from mimo_jax.checkpoint.values import as_stored, to_host
 from mimo_jax.config import MiMoConfig
 from mimo_jax.model.dflash import DFlash
 from mimo_jax.model.parameters import Format, ParamSpec, parameters, value_format
@@ -117,7 +117,7 @@ def _values(module: nnx.Module | None) -> dict[str, tuple[ParamSpec, Any]]:
     """Declaration and value of every parameter by tensor name."""
     if module is None:
         return {}
-    return {p.spec.name: (p.spec, p.get_value()) for _, p in parameters(module)}
+    return {p.spec.name: (p.spec, as_stored(p.get_value())) for _, p in parameters(module)}
 
 
 def _target(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -12,7 +13,8 @@ from jax.sharding import Mesh
 from mimo_jax.checkpoint.errors import Problem
 from mimo_jax.checkpoint.names import SCALE_SUFFIX
 from mimo_jax.checkpoint.safetensors_file import DTYPES, StoredTensor
-from mimo_jax.quant import MXFP4_NAN_SCALE
+from mimo_jax.quant import MXFP4_NAN_SCALE, FP8Array, MXFP4Array
+from pallas_kernels import words
 
 # Bytes looked at a time.
 PIECE_BYTES = 4 << 20
@@ -87,12 +89,58 @@ def _expected(name: str, dtype: np.dtype) -> str:
     return "codes other than NaN" if dtype.itemsize == 1 else "finite numbers"
 
 
+@dataclasses.dataclass(frozen=True)
+class Unpacked:
+    """Codes or scales of weights that were repacked for kernels, as they were before.
+
+    Attributes:
+      packed: the weights.
+      field: "codes" or "scales".
+    """
+
+    packed: words.Words
+    field: str
+
+    @property
+    def _like(self) -> jax.ShapeDtypeStruct:
+        w = self.packed
+        arrays = (jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (w.words, w.scales))
+        bare = dataclasses.replace(w, words=next(arrays), scales=next(arrays))
+        return getattr(jax.eval_shape(words.unpack, bare), self.field)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As before packing."""
+        return self._like.shape
+
+    @property
+    def dtype(self) -> Any:
+        """As before packing."""
+        return self._like.dtype
+
+    def to_host(self, item: int | None) -> np.ndarray:
+        """The array, or one item of its first dimension."""
+        arrays = (to_host(a, item) for a in (self.packed.words, self.packed.scales))
+        host = dataclasses.replace(self.packed, words=next(arrays), scales=next(arrays))
+        return np.asarray(getattr(words.unpack(host), self.field))
+
+
+def as_stored(value: Any) -> Any:
+    """A parameter's value in the format of checkpoints; packed weights are unpacked when read."""
+    if not isinstance(value, words.MXFP4Words | words.FP8Words):
+        return value
+    kind = MXFP4Array if isinstance(value, words.MXFP4Words) else FP8Array
+    return kind(Unpacked(value, "codes"), Unpacked(value, "scales"))
+
+
 def to_host(array: Any, item: int | None = None) -> np.ndarray:
     """An array, or one item of its first dimension, on the host.
 
     Of an array on devices no more than that is copied, and jax keeps no copy with the array (as it
     does for `np.asarray`), so that saving needs memory for one tensor.
     """
+    if isinstance(array, Unpacked):
+        return array.to_host(item)
     if not isinstance(array, jax.Array):
         return np.asarray(array) if item is None else np.asarray(array)[item]
     out = np.empty(array.shape if item is None else array.shape[1:], array.dtype)

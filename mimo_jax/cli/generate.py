@@ -45,6 +45,7 @@ def generate(
         ),
     ] = None,
     layers: options.Layers = None,
+    kernels: options.Kernels = "auto",
     distributed: options.Distributed = False,
 ) -> None:
     """Continue a prompt: its text on stdout as it comes, statistics on stderr.
@@ -81,6 +82,7 @@ def generate(
                 rules=rules,
                 random_weights=random_weights,
                 layers=layers,
+                kernels=kernels,
             )
             loading = clock.seconds()
             started = time.perf_counter()

@@ -20,9 +20,22 @@ def inspect(
     checkpoint: Annotated[str, typer.Argument(help="A bundled name or a folder.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
     qkv: options.QKV = None,
+    kernels: Annotated[
+        bool, typer.Option("--kernels", help="List the kernels its operations use, and why.")
+    ] = False,
+    device: Annotated[
+        str | None,
+        typer.Option(help="With --kernels, on such a device (h100, a100, v5e, ...) [this one]."),
+    ] = None,
 ) -> None:
-    """Describe a checkpoint without loading it; the exit code is 1 when it has problems."""
+    """Describe a checkpoint without loading it; the exit code is 1 when it has problems.
+
+    With --kernels, CHECKPOINT may also be the name of a configuration.
+    """
     with readable_errors():
+        if kernels:
+            _print_kernels(checkpoint, device, as_json)
+            return
         from mimo_jax import checkpoint as checkpoints
 
         # Not `resolve` for hub ids: that would download the weights.
@@ -31,6 +44,22 @@ def inspect(
         report = checkpoints.inspect(folder, qkv=qkv)
         print(_report_json(report) if as_json else printable(str(report)))
     raise typer.Exit(FAILED if report.problems else 0)
+
+
+def _print_kernels(name: str, device: str | None, as_json: bool) -> None:
+    from mimo_jax.checkpoint import bundled
+    from mimo_jax.config import MiMoConfig
+    from mimo_jax.planning.kernels import TARGETS, kernel_choices, show
+    from pallas_kernels.backends import Target
+
+    if device is not None and device not in TARGETS:
+        raise ValueError(f"there is no device {device!r}; choose one of {', '.join(TARGETS)}")
+    target = Target.of() if device is None else TARGETS[device]
+    choices = kernel_choices(MiMoConfig.from_pretrained(bundled().get(name, name)), target)
+    if as_json:
+        print(json.dumps([dataclasses.asdict(choice) for choice in choices], indent=2))
+    else:
+        print(show(choices, target))
 
 
 def _report_json(report: Report) -> str:

@@ -28,6 +28,10 @@ Rules = Annotated[
         help="How to split it: latency, latency_experts, throughput, wide_experts or single."
     ),
 ]
+Kernels = Annotated[
+    str,
+    typer.Option(help="Kernels: auto, triton, mosaic_gpu, mosaic_tpu, or reference (plain XLA)."),
+]
 Layers = Annotated[int | None, typer.Option(help="Only so many of its first layers.")]
 Distributed = Annotated[
     bool,

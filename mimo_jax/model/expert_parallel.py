@@ -11,6 +11,7 @@ split the experts, W those that split their width, and B those that split the to
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels.backends import REFERENCE
 from pallas_kernels.moe import moe, route
 from sharding import collectives
 from sharding.types import axes_of, entries, explicit_mesh
@@ -30,9 +32,12 @@ def route_on_mesh(
     *,
     normalize: bool,
     scale: float | None,
+    kernels: Sequence[str] = (REFERENCE,),
 ) -> tuple[Float[Array, "B T X"], Int[Array, "B T X"]]:
     """`pallas_kernels.moe.route` of tokens that may be split over a mesh."""
-    choose = functools.partial(route, top_k=top_k, normalize=normalize, scale=scale)
+    choose = functools.partial(
+        route, top_k=top_k, normalize=normalize, scale=scale, kernels=kernels
+    )
     if explicit_mesh(scores) is None:
         return choose(scores, bias)
     rows = P(entries(scores)[0])
@@ -54,7 +59,7 @@ def moe_on_mesh(
     if mesh is None:
         return _flat_moe(x, weights, chosen, gate, up, down)
     tokens = axes_of(entries(x)[0])
-    split, width, _ = (axes_of(entry) for entry in entries(jax.tree.leaves(gate)[0]))
+    split, width = (axes_of(entry) for entry in entries(jax.tree.leaves(gate)[0])[:2])
     travel = tuple(a for a in split if a in tokens)
     summed = tuple(a for a in (*split, *width) if a not in tokens)
     ragged = collectives.prefers_ragged(_platform(mesh))

@@ -12,6 +12,7 @@ from mimo_jax.model.expert_parallel import moe_on_mesh, route_on_mesh
 from mimo_jax.model.layers import contract
 from mimo_jax.model.parameters import Format, Make, ParamSpec, declare
 from mimo_jax.model.taps import Taps
+from pallas_kernels.backends import kernels_of
 
 
 class MoE(nnx.Module):
@@ -62,6 +63,7 @@ class MoE(nnx.Module):
             self.top_k,
             normalize=self.normalize,
             scale=self.scale,
+            kernels=kernels_of(self.gate_proj.get_value()),
         )
         taps.record(f"experts.{self.index}", chosen)
         y = moe_on_mesh(

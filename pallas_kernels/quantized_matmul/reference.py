@@ -10,7 +10,7 @@ from pallas_kernels.dequantize import dequantize
 from pallas_kernels.einsum import einsum32
 
 
-def quantized_matmul(x: Float[Array, "T D"], w: Any) -> Float[Array, T * F]:
+def quantized_matmul(x: Float[Array, "T D"], w: Any) -> Float[Array, "T ..."]:
     """x W^T; the weights are rounded to x's dtype, products are summed in float32.
 
     Args:

@@ -1,0 +1,158 @@
+"""Which kernels a model's operations use on a device, and why not others."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mimo_jax.config import MiMoConfig
+from mimo_jax.model.backbone import MiMo
+from mimo_jax.model.packing import has_kernels
+from mimo_jax.model.parameters import ParamSpec
+from mimo_jax.model.random_weights import shapes
+from pallas_kernels import moe, quantized_matmul, words
+from pallas_kernels.backends import REFERENCE, Implementation, Target, choose, resolve, why_not
+
+# Kinds of devices that need not be there, by the names of `sharding.devices`.
+TARGETS = {
+    "h100": Target("cuda", "NVIDIA H100", 90),
+    "h200": Target("cuda", "NVIDIA H200", 90),
+    "b200": Target("cuda", "NVIDIA B200", 100),
+    "a100": Target("cuda", "NVIDIA A100", 80),
+    "v5e": Target("tpu", "TPU v5 lite"),
+    "v5p": Target("tpu", "TPU v5"),
+    "v6e": Target("tpu", "TPU v6 lite"),
+    "tpu7x": Target("tpu", "TPU7x"),
+    "cpu": Target("cpu", "cpu"),
+}
+TOKENS = (1, 8, 16, 64, 128, 512, 2048, 8192)
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """What one operation uses for a range of numbers of tokens.
+
+    Attributes:
+      operation: "moe" or "quantized_matmul".
+      weights: their name without the layer, format and shape.
+      tokens: the least and the most of TOKENS.
+      backend: what is used; None if nothing can do it.
+      refused: the backends preferred to it, and why they aren't used.
+    """
+
+    operation: str
+    weights: str
+    tokens: tuple[int, int]
+    backend: str | None
+    refused: tuple[tuple[str, str], ...]
+
+
+def kernel_choices(
+    config: MiMoConfig, target: Target, kernels: str = "auto", tokens: Sequence[int] = TOKENS
+) -> list[Choice]:
+    """What each kind of quantised weights of a model uses on one device.
+
+    Raises:
+      BackendError: the device can't run these kernels.
+    """
+    allowed = resolve(kernels, target)
+    found: dict[tuple[str, str], list[Choice]] = {}
+    for spec in _kinds(config):
+        case = functools.partial(_case, spec, config, allowed)
+        operation, implementations = (
+            ("moe", moe.IMPLEMENTATIONS)
+            if "{}" in spec.name
+            else ("quantized_matmul", quantized_matmul.IMPLEMENTATIONS)
+        )
+        weights = f"{_short(spec)} {spec.format} {list(spec.shape)}"
+        rows = found.setdefault((operation, weights), [])
+        for n in tokens:
+            rows.append(_choice(operation, weights, n, implementations, allowed, target, case(n)))
+    return [choice for rows in found.values() for choice in _merged(rows)]
+
+
+def show(choices: Sequence[Choice], target: Target) -> str:
+    """The choices as text."""
+    lines = [f"kernels on {target.kind}"]
+    for previous, choice in zip([None, *choices], choices):
+        if previous is None or previous.weights != choice.weights:
+            lines.append(f"{choice.operation}: {choice.weights}")
+        least, most = choice.tokens
+        span = f"{least}" if least == most else f"{least} to {most}"
+        name = "plain XLA" if choice.backend == REFERENCE else choice.backend or "nothing"
+        lines.append(f"  {span} tokens: {name}")
+        lines += [f"    not {name}: {reason}" for name, reason in choice.refused]
+    if not choices:
+        lines.append("the model has no quantised weights; all of it is plain XLA")
+    return "\n".join(lines)
+
+
+def _kinds(config: MiMoConfig) -> Iterator[ParamSpec]:
+    """One declaration of each kind of quantised weights; of a layer's experts the first stack."""
+    specs: list[ParamSpec] = []
+
+    def make(spec: ParamSpec) -> Any:
+        specs.append(spec)
+        return shapes(spec, config.dtype)
+
+    MiMo(config, make)
+    seen = set()
+    for spec in specs:
+        if spec.format == "plain" or ("{}" in spec.name and "gate_proj" not in spec.name):
+            continue
+        kind = (_short(spec), spec.shape)
+        if kind not in seen:
+            seen.add(kind)
+            yield spec
+
+
+def _short(spec: ParamSpec) -> str:
+    name = spec.name.removesuffix(".weight").split(".")
+    return "experts" if "{}" in name else name[-1]
+
+
+def _case(spec: ParamSpec, config: MiMoConfig, allowed: Sequence[str], tokens: int) -> tuple:
+    held = shapes(spec, config.dtype)
+    if allowed != (REFERENCE,) and has_kernels(spec):
+        held = jax.eval_shape(functools.partial(words.pack, kernels=tuple(allowed)), held)
+    x = jax.ShapeDtypeStruct((tokens, spec.shape[-1]), jnp.dtype(config.dtype))
+    if "{}" not in spec.name:
+        return x, held
+    chosen = jax.ShapeDtypeStruct((tokens, config.num_experts_per_tok), jnp.int32)
+    return x, chosen, held
+
+
+def _choice(
+    operation: str,
+    weights: str,
+    tokens: int,
+    implementations: Sequence[Implementation],
+    allowed: Sequence[str],
+    target: Target,
+    case: tuple,
+) -> Choice:
+    chosen, refused = choose(implementations, allowed, *case)
+    # A backend may do a case in one way and not in another: what does it counts.
+    backend = chosen and chosen.backend
+    reasons = dict(item for item in refused if item[0] != backend)
+    for name in reasons.keys() - set(allowed):
+        reasons[name] = why_not(name, target) or "not among the kernels asked for"
+    return Choice(operation, weights, (tokens, tokens), backend, tuple(reasons.items()))
+
+
+def _merged(rows: Sequence[Choice]) -> list[Choice]:
+    """Neighbours that differ only in the number of tokens as one."""
+    merged: list[Choice] = []
+    for row in rows:
+        last = merged[-1] if merged else None
+        if last is not None and last.backend == row.backend:
+            tokens = (last.tokens[0], row.tokens[1])
+            merged[-1] = dataclasses.replace(last, tokens=tokens)
+        else:
+            merged.append(row)
+    return merged

@@ -1,0 +1,117 @@
+"""Models whose weights are packed for kernels, interpreted on CPUs."""
+
+import functools
+import os
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import mimo_jax as mj
+from mimo_jax.model.packing import pack_parameters
+from mimo_jax.model.parameters import parameters
+from mimo_jax.quant import FP8Array, MXFP4Array
+from pallas_kernels import backends
+from pallas_kernels.backends import BackendError
+from pallas_kernels.words import FP8Words, MXFP4Words, Words
+
+IDS = np.arange(300, 310)[None]
+
+
+@functools.cache
+def loaded(kernels: str = "reference", mesh: str | None = None, rules: str = "latency"):
+    with backends.interpreted():
+        return mj.load("mimo-tiny", kernels=kernels, mesh=mesh, rules=rules)
+
+
+@functools.cache
+def logits(kernels: str, mesh: str | None = None, rules: str = "latency") -> np.ndarray:
+    with backends.interpreted():
+        return np.asarray(loaded(kernels, mesh, rules).logits(IDS))
+
+
+def test_every_quantised_weight_is_packed():
+    lm = loaded("triton")
+    held = {type(p.get_value()) for _, p in parameters(lm.model)}
+    assert {FP8Words, MXFP4Words} <= held
+    assert not {FP8Array, MXFP4Array} & held
+
+
+def test_logits_of_kernels():
+    """bfloat16 rounds differently in the two; so do two correct references (benchmarks/README)."""
+    expected = logits("reference")
+    error = np.linalg.norm(logits("triton") - expected) / np.linalg.norm(expected)
+    assert 0 < error < 0.03
+
+
+@pytest.mark.parametrize(("mesh", "rules"), [("tensor=2", "latency"), ("expert=2", "throughput")])
+def test_logits_of_kernels_on_meshes(mesh, rules):
+    expected = logits("triton")
+    error = np.linalg.norm(logits("triton", mesh, rules) - expected) / np.linalg.norm(expected)
+    assert error < 0.03
+
+
+def test_parts_that_share_blocks_of_scales():
+    with pytest.raises(BackendError, match=r"down_proj.weight: its parts on the mesh share"):
+        loaded("triton", "expert=2,tensor=2")
+
+
+def test_greedy_tokens_of_kernels():
+    params = mj.SamplingParams(temperature=0.0, max_tokens=4)
+    with backends.interpreted():
+        got = loaded("triton").generate([IDS[0].tolist()], params)[0].token_ids
+    assert len(got) == 4
+    expected = loaded().generate([IDS[0].tolist()], params)[0].token_ids
+    assert got == expected
+
+
+@pytest.mark.parametrize("mesh", [None, "tensor=2"])
+def test_saving_packed_weights_writes_the_same_bytes(mesh, tmp_path):
+    mj.save_pretrained(loaded(), tmp_path / "plain")
+    mj.save_pretrained(loaded("triton", mesh), tmp_path / "packed")
+    names = sorted(os.listdir(tmp_path / "plain"))
+    assert sorted(os.listdir(tmp_path / "packed")) == names
+    for name in names:
+        plain, packed = ((tmp_path / f / name).read_bytes() for f in ("plain", "packed"))
+        assert plain == packed, name
+
+
+def test_on_a_cpu_nothing_is_packed_by_itself():
+    lm = mj.load("mimo-tiny")
+    assert not any(isinstance(p.get_value(), Words) for _, p in parameters(lm.model))
+
+
+def test_kernels_that_do_not_run_here():
+    with pytest.raises(BackendError, match="Triton kernels need an NVIDIA GPU"):
+        mj.load("mimo-tiny", kernels="triton")
+
+
+def large_scale(lm) -> None:
+    param = next(p for _, p in parameters(lm.model) if isinstance(p.get_value(), MXFP4Array))
+    value = param.get_value()
+    param.set_value(MXFP4Array(value.codes, value.scales.at[0, 0, 0].set(200)))
+
+
+def test_weights_that_words_cannot_hold():
+    lm = mj.load("mimo-tiny")
+    large_scale(lm)
+    with pytest.raises(BackendError, match=r"experts.*group scales above 2.*kernels='auto'"):
+        pack_parameters(lm.model, ("triton",))
+    lm = mj.load("mimo-tiny")
+    large_scale(lm)
+    pack_parameters(lm.model, ("triton", "reference"))
+    held = [p.get_value() for _, p in parameters(lm.model)]
+    assert sum(isinstance(v, MXFP4Array) for v in held) == 1
+    assert any(isinstance(v, MXFP4Words) for v in held)
+
+
+def test_float32_falls_back_or_fails():
+    with backends.interpreted():
+        auto = mj.load("mimo-tiny", kernels="auto", dtype="float32")
+        plain = mj.load("mimo-tiny", kernels="reference", dtype="float32")
+        np.testing.assert_allclose(
+            auto.logits(IDS), plain.logits(IDS), atol=1e-4 * float(jnp.abs(plain.logits(IDS)).max())
+        )
+        explicit = mj.load("mimo-tiny", kernels="triton", dtype="float32")
+        with pytest.raises(NotImplementedError, match="activations are float32"):
+            explicit.logits(IDS)

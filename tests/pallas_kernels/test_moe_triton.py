@@ -1,0 +1,84 @@
+"""The kernels of few tokens and of routing, interpreted on a CPU."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import words
+from pallas_kernels.moe import cases, reference, triton, triton_route
+from pallas_kernels.moe.triton import Config, Tiling
+
+BF16_ERROR = 5e-3
+pack = jax.jit(words.pack)
+definition = jax.jit(reference.moe)
+
+
+def relative_error(got, expected) -> float:
+    return float(jnp.linalg.norm(got - expected) / jnp.linalg.norm(expected))
+
+
+@pytest.mark.parametrize("case", cases.SMALL.values(), ids=cases.SMALL.keys())
+def test_against_the_reference(case):
+    stacks, (x, weights, chosen) = cases.experts(case, 1), cases.tokens(case, 2)
+    expected = definition(x.astype(jnp.float32), weights, chosen, *stacks)
+    got = triton.moe(x, weights, chosen, *map(pack, stacks), interpret=True)
+    assert got.dtype == jnp.float32
+    assert relative_error(got, expected) < BF16_ERROR
+
+
+@pytest.mark.parametrize(
+    "tiling", [Tiling(rows=16), Tiling(rows=32, unroll=2), Tiling(unroll=2)], ids=str
+)
+def test_tilings_agree(tiling):
+    case = cases.Case(5, 256, 256, 6, 4)
+    stacks, given = tuple(map(pack, cases.experts(case, 3))), cases.tokens(case, 4)
+    expected = triton.moe(*given, *stacks, interpret=True)
+    got = triton.moe(*given, *stacks, config=Config(tiling, tiling), interpret=True)
+    np.testing.assert_allclose(got, expected, rtol=2e-2, atol=1e-2 * float(jnp.abs(got).max()))
+    wide = Config(tiling, Tiling(rows=128))
+    np.testing.assert_array_equal(triton.moe(*given, *stacks, config=wide, interpret=True), got)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x, chosen, gate: (x.astype(jnp.float32), chosen, gate), "float32"),
+        (lambda x, chosen, gate: (jnp.tile(x, (13, 1)), jnp.tile(chosen, (13, 1)), gate), "65"),
+    ],
+)
+def test_what_they_cannot_do(change, message):
+    case = cases.SMALL["a few"]
+    gate, up, down = map(pack, cases.experts(case, 1))
+    x, _, chosen = cases.tokens(case, 2)
+    x, chosen, gate = change(x, chosen, gate)
+    with pytest.raises(NotImplementedError, match=message):
+        triton.moe(x, jnp.ones(chosen.shape), chosen, gate, up, down)
+
+
+def test_weights_that_were_not_packed():
+    gate, _, _ = cases.experts(cases.SMALL["a few"], 1)
+    assert triton.unsupported(jnp.zeros((5, 256)), jnp.zeros((5, 4)), gate) == (
+        "the experts are not packed MXFP4 but MXFP4Array"
+    )
+
+
+@pytest.mark.parametrize(
+    ("tokens", "experts", "top_k"), [(1, 6, 4), (5, 384, 8), (9, 12, 1), (3, 8, 8)]
+)
+@pytest.mark.parametrize(("normalize", "scale"), [(True, None), (False, 2.5), (True, 2.5)])
+def test_routing_is_identical(tokens, experts, top_k, normalize, scale):
+    rng = np.random.default_rng(tokens)
+    # Rounded, so that there are ties.
+    scores = jnp.asarray(rng.random((tokens, experts)).round(2), jnp.float32)
+    bias = jnp.asarray(rng.standard_normal(experts).round(1), jnp.float32)
+    options = {"normalize": normalize, "scale": scale}
+    expected = jax.jit(lambda: reference.route(scores, bias, top_k, **options))()
+    got = triton_route.route(scores, bias, top_k, interpret=True, **options)
+    for a, b in zip(got, expected, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_routing_refuses_what_does_not_fit_a_warp():
+    with pytest.raises(NotImplementedError, match="2048 experts are more than 1024"):
+        triton_route.route(jnp.zeros((1, 2048)), jnp.zeros(2048), 8, normalize=True, scale=None)
