@@ -25,7 +25,9 @@ from pallas_kernels.words import TILE_COLUMNS, TILE_ROWS, FP8Words, MXFP4Words, 
 
 HALF = TILE_COLUMNS // 2  # columns that a word's low bytes have, and its high bytes
 # Above this many tokens weights are decoded to memory (measured on an H100, benchmarks/LOG.md).
-FUSED_TOKENS = 512
+FUSED_TOKENS = 384
+# About two for each multiprocessor of an H100: fewer don't keep its memory busy.
+PROGRAMS = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,8 +52,17 @@ class Config:
 
 def configure(tokens: int, w: Words) -> Config:
     """What was fastest on an H100 (benchmarks/LOG.md)."""
-    del w
-    return Config(tokens=min(128, max(8, pl.next_power_of_2(tokens))))
+    row_tiles, steps = _tiles(w)
+    width = min(128, max(8, pl.next_power_of_2(tokens)))
+    programs = row_tiles * pl.cdiv(tokens, width)
+    if programs < PROGRAMS:
+        # As few splits as give every multiprocessor work, each of several steps.
+        divisors = [n for n in range(1, max(1, steps // 4) + 1) if steps % n == 0]
+        splits = next((n for n in divisors if n * programs >= PROGRAMS), divisors[-1])
+        return Config(width, splits=splits, stages=4 if width <= 16 else 3)
+    if isinstance(w, MXFP4Words):
+        return Config(width)
+    return Config(width, rows=128 if width == 64 else 64, stages=3)
 
 
 def unsupported(x: Any, w: Any) -> str | None:
@@ -71,7 +82,7 @@ def quantized_matmul(
     *,
     config: Config | None = None,
     interpret: bool = False,
-) -> Float[Array, T * F]:
+) -> Float[Array, "T ..."]:
     """`reference.quantized_matmul`; FP8 weights aren't rounded to bfloat16 where they are fused.
 
     Args:
