@@ -278,9 +278,9 @@ def decode_halves(words: UInt16[Array, "M 64"], j: int, *, interpret: bool) -> F
     )[j]
     asm = (
         "{ .reg .b32 s, t; " + place + " and.b32 s, s, 0x80008000; and.b32 t, t, 0x07F007F0;"
-        " or.b32 t, t, s; mul.rn.bf16x2 $0, t, $2; }"
+        " or.b32 t, t, s; mov.b32 s, 0x80008000; fma.rn.bf16x2 $0, t, $2, s; }"
     )
-    # 2^120, in each half.
+    # 2^120, in each half.  Ampere has no mul of this type, hence the addend -0.
     factor = jnp.full(words.shape, 0x7B80, jnp.uint16)
     [values] = plt.elementwise_inline_asm(
         asm,
