@@ -1,0 +1,251 @@
+"""Quantised weights repacked for TPUs: the same bits in another order.
+
+A TPU's vector unit holds 8 sublanes by 128 lanes, and its matrix unit takes weights with the
+summed dimension along sublanes.  So matrices are stored transposed, in chunks of 256 of their
+columns, with rows along lanes: [..., chunks, sublanes, R].  A scale then belongs to one lane and a
+range of sublanes, and is applied without moving anything between lanes.
+
+- `MXFP4Columns`: 8 codes a 32-bit word.  Each 16-bit half has four codes at the places of
+  `pallas_kernels.words`, so that one shift and one mask bring a code of either half to where
+  bfloat16 has its sign, exponent and mantissa; the two halves of a sublane are two sublanes of
+  bfloat16.  Where the vector unit converts float4_e2m1fn itself (`native`), the codes stay as they
+  are, 8 successive columns a word.
+- `FP8Columns`: float8_e4m3fn, transposed.
+
+Packing is exact and `unpack` gives back what was packed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from pallas_kernels.formats import FP8_BLOCK, MXFP4_BLOCK, FP8Array, MXFP4Array
+from pallas_kernels.words import E2M1_BITS, SIGN_BIT
+
+CHUNK = 256
+WORD_ROWS = 32
+# Rows of MXFP4 are filled up to whole chunks, so that a product's padded rows are another's padded
+# columns; those of FP8 to whole registers, or XLA keeps the array in another order of dimensions.
+MXFP4_ROWS = CHUNK
+FP8_ROWS = 128
+# Codes are decoded as a quarter of their value, and scale bytes are stored with 2 added to them.
+SCALE_SHIFT = 2
+# So group scales above 2^(252 - 127) have no byte.
+MAX_SCALE = 252
+
+
+@dataclasses.dataclass(frozen=True)
+class _Columns:
+    """What both formats have.
+
+    Attributes:
+      words: [..., chunks, sublanes, R].
+      scales: [..., chunks, 2, R]; see the formats.
+      rows, columns: of the matrix that was packed; on a mesh, of each device's part of it.
+      kernels: the backends that may be used, in the order of `pallas_kernels.backends.NAMES`.
+    """
+
+    words: Any
+    scales: Any
+    rows: int
+    columns: int
+    kernels: tuple[str, ...] = ()
+
+    @property
+    def padded(self) -> tuple[int, int]:
+        """Rows and columns that are stored."""
+        return self.words.shape[-1], self.words.shape[-3] * CHUNK
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the matrix that is represented."""
+        r, c = self.padded
+        parts = r // _up(self.rows, self._row_unit), c // _up(self.columns, CHUNK)
+        return (*self.words.shape[:-3], self.rows * parts[0], self.columns * parts[1])
+
+    @property
+    def ndim(self) -> int:
+        """Number of dimensions of the matrix that is represented."""
+        return len(self.words.shape) - 1
+
+    @property
+    def _row_unit(self) -> int:
+        return FP8_ROWS
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["words", "scales"],
+    meta_fields=["rows", "columns", "kernels", "native"],
+)
+@dataclasses.dataclass(frozen=True)
+class MXFP4Columns(_Columns):
+    """A matrix (or stack) in MXFP4: words int32 [..., ceil(C/256), 32, R].
+
+    Word r of a chunk holds the columns 64 j + 2 r (low half) and 64 j + 2 r + 1 (high half) for
+    j = 0..3; or the columns 8 r .. 8 r + 7, from the lowest bits on, if `native`.
+
+    Attributes:
+      scales: int32 [..., ceil(C/256), 2, R]; byte j of word i has the chunk's columns 32 (2 j + i)
+        and on.
+      native: codes are e2m1, and scale bytes those of the checkpoint.
+    """
+
+    native: bool = False
+
+    @property
+    def _row_unit(self) -> int:
+        return MXFP4_ROWS
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["words", "scales"],
+    meta_fields=["rows", "columns", "kernels"],
+)
+@dataclasses.dataclass(frozen=True)
+class FP8Columns(_Columns):
+    """A matrix (or stack) in block-FP8: words float8_e4m3fn [..., ceil(C/256), 256, R].
+
+    Attributes:
+      scales: float32 [..., ceil(C/256), 2, R], those of the checkpoint, repeated for each row.
+    """
+
+
+Columns = MXFP4Columns | FP8Columns
+
+
+def pack(
+    w: FP8Array | MXFP4Array, kernels: tuple[str, ...] = (), *, native: bool = False
+) -> Columns:
+    """The weights as columns; call `unpackable` first.
+
+    Works on one device's arrays (or in `shard_map` on each device's part).
+
+    Args:
+      w: the weights.
+      kernels: goes to the result.
+      native: MXFP4 for vector units that convert float4_e2m1fn (`mosaic_tpu.converts_e2m1`).
+    """
+    return _pack_mxfp4(w, kernels, native) if isinstance(w, MXFP4Array) else _pack_fp8(w, kernels)
+
+
+def unpackable(w: FP8Array | MXFP4Array) -> Array:
+    """Whether weights hold what columns can't, which are MXFP4 scales above 2^125: bool[]."""
+    return (w.scales > MAX_SCALE).any() if isinstance(w, MXFP4Array) else jnp.zeros((), bool)
+
+
+def unpack(w: Columns) -> FP8Array | MXFP4Array:
+    """What was packed, bit for bit."""
+    return _unpack_mxfp4(w) if isinstance(w, MXFP4Columns) else _unpack_fp8(w)
+
+
+def _up(n: int, unit: int) -> int:
+    return -(-n // unit) * unit
+
+
+def _filled(a: Array, rows: int, columns: int) -> Array:
+    """An array [..., R, C] with zeros up to these sizes."""
+    more = [(0, 0)] * (a.ndim - 2) + [(0, rows - a.shape[-2]), (0, columns - a.shape[-1])]
+    return jnp.pad(a, more) if any(n for _, n in more) else a
+
+
+def _chunked(a: Array, chunks: int) -> Array:
+    """[..., R, C] as [..., chunks, C / chunks, R]."""
+    a = jnp.swapaxes(a, -1, -2)
+    return a.reshape(*a.shape[:-2], chunks, a.shape[-2] // chunks, a.shape[-1])
+
+
+def _unchunked(a: Array) -> Array:
+    a = a.reshape(*a.shape[:-3], a.shape[-3] * a.shape[-2], a.shape[-1])
+    return jnp.swapaxes(a, -1, -2)
+
+
+def _joined(parts: Array, bits: int) -> Array:
+    """int32 of unsigned parts [..., n], the lowest bits first."""
+    parts = parts.astype(jnp.uint32)
+    joined = functools.reduce(
+        jnp.bitwise_or, [parts[..., i] << (bits * i) for i in range(parts.shape[-1])]
+    )
+    return jax.lax.bitcast_convert_type(joined, jnp.int32)
+
+
+def _split(words: Array, bits: int) -> Array:
+    w = jax.lax.bitcast_convert_type(words, jnp.uint32)[..., None]
+    return (w >> jnp.arange(0, 32, bits, dtype=jnp.uint32)) & (2**bits - 1)
+
+
+def _placed(code: Array, j: int) -> Array:
+    """The 16-bit half that has one code at place j; magnitudes 0 and 1 change places."""
+    code = code.astype(jnp.uint32)
+    code = code ^ ((code & 7) < 2)
+    places = zip((3, 2, 1, 0), (SIGN_BIT[j], *E2M1_BITS[j]))
+    return functools.reduce(jnp.bitwise_or, [((code >> bit) & 1) << p for bit, p in places])
+
+
+def _taken(half: Array, j: int) -> Array:
+    places = zip((3, 2, 1, 0), (SIGN_BIT[j], *E2M1_BITS[j]))
+    code = functools.reduce(jnp.bitwise_or, [((half >> p) & 1) << bit for bit, p in places])
+    return code ^ ((code & 7) < 2)
+
+
+def _pack_mxfp4(w: MXFP4Array, kernels: tuple[str, ...], native: bool) -> MXFP4Columns:
+    rows, columns = w.shape[-2:]
+    r, c = _up(rows, MXFP4_ROWS), _up(columns, CHUNK)
+    codes = _filled(w.codes, r, c // 2)
+    if native:
+        words = _joined(codes.reshape(*codes.shape[:-1], c // 8, 4), 8)
+    else:
+        # Byte 32 j + r of a chunk's 128 has the columns 64 j + 2 r and 64 j + 2 r + 1.
+        by_place = codes.reshape(*codes.shape[:-1], c // CHUNK, 4, WORD_ROWS)
+        low, high = (
+            functools.reduce(jnp.bitwise_or, [_placed(n[..., j, :], j) for j in range(4)])
+            for n in (by_place & 0xF, by_place >> 4)
+        )
+        words = _joined(jnp.stack([low, high], axis=-1), 16).reshape(*codes.shape[:-1], c // 8)
+    scales = _filled(w.scales, r, c // MXFP4_BLOCK) + jnp.uint8(0 if native else SCALE_SHIFT)
+    by_byte = jnp.swapaxes(scales.reshape(*scales.shape[:-1], c // CHUNK, 4, 2), -1, -2)
+    joined = _joined(by_byte, 8).reshape(*scales.shape[:-1], c // CHUNK * 2)
+    words, joined = (_chunked(a, c // CHUNK) for a in (words, joined))
+    return MXFP4Columns(words, joined, rows, columns, kernels, native)
+
+
+def _unpack_mxfp4(w: MXFP4Columns) -> MXFP4Array:
+    words = _unchunked(w.words)
+    *lead, r, _ = words.shape
+    if w.native:
+        codes = _split(words, 8).reshape(*lead, r, -1)
+    else:
+        halves = _split(words.reshape(*lead, r, -1, WORD_ROWS), 16)
+        places = jnp.stack([_taken(halves, j) for j in range(4)], axis=-3)
+        codes = (places[..., 0] | (places[..., 1] << 4)).reshape(*lead, r, -1)
+    by_byte = _split(_unchunked(w.scales).reshape(*lead, r, -1, 2), 8)
+    scales = jnp.swapaxes(by_byte, -1, -2).reshape(*lead, r, -1)
+    scales = scales - (0 if w.native else SCALE_SHIFT)
+    return MXFP4Array(
+        codes[..., : w.rows, : w.columns // 2].astype(jnp.uint8),
+        scales[..., : w.rows, : w.columns // MXFP4_BLOCK].astype(jnp.uint8),
+    )
+
+
+def _pack_fp8(w: FP8Array, kernels: tuple[str, ...]) -> FP8Columns:
+    rows, columns = w.shape[-2:]
+    r, c = _up(rows, FP8_ROWS), _up(columns, CHUNK)
+    bits = _filled(jax.lax.bitcast_convert_type(w.codes, jnp.uint8), r, c)
+    codes = jax.lax.bitcast_convert_type(_chunked(bits, c // CHUNK), jnp.float8_e4m3fn)
+    scales = jnp.repeat(w.scales, FP8_BLOCK, axis=-2)
+    scales = _chunked(_filled(scales, r, c // FP8_BLOCK), c // CHUNK)
+    return FP8Columns(codes, scales, rows, columns, kernels)
+
+
+def _unpack_fp8(w: FP8Columns) -> FP8Array:
+    bits = _unchunked(jax.lax.bitcast_convert_type(w.words, jnp.uint8))
+    scales = _unchunked(w.scales)[..., ::FP8_BLOCK, : -(-w.columns // FP8_BLOCK)]
+    codes = jax.lax.bitcast_convert_type(bits[..., : w.rows, : w.columns], jnp.float8_e4m3fn)
+    return FP8Array(codes, scales)
