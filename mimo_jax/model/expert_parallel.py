@@ -10,7 +10,6 @@ split the experts, W those that split their width, and B those that split the to
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,30 +19,38 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.backends import REFERENCE
-from pallas_kernels.moe import moe, route
+from pallas_kernels.moe import moe, route, scores
 from sharding import collectives
 from sharding.types import axes_of, entries, explicit_mesh
 
 
 def route_on_mesh(
-    scores: Float[Array, "B T E"],
+    x: Float[Array, "B T D"],
+    router: Float[Array, "E D"],
     bias: Float[Array, " E"],
     top_k: int,
     *,
     normalize: bool,
     scale: float | None,
     kernels: Sequence[str] = (REFERENCE,),
-) -> tuple[Float[Array, "B T X"], Int[Array, "B T X"]]:
-    """`pallas_kernels.moe.route` of tokens that may be split over a mesh."""
-    choose = functools.partial(
-        route, top_k=top_k, normalize=normalize, scale=scale, kernels=kernels
-    )
-    if explicit_mesh(scores) is None:
-        return choose(scores, bias)
-    rows = P(entries(scores)[0])
+) -> tuple[Float[Array, "B T E"], Float[Array, "B T X"], Int[Array, "B T X"]]:
+    """Scores of all experts (sigmoid), and mixing weights and indices of the chosen ones.
+
+    Tokens may be split over a mesh; the router is on every device.
+    """
+
+    def local(x: Array, router: Array, bias: Array) -> tuple[Array, Array, Array]:
+        of_all = scores(x.reshape(-1, x.shape[-1]), router, kernels=kernels)
+        chosen = route(of_all, bias, top_k, normalize=normalize, scale=scale, kernels=kernels)
+        first, second, third = (a.reshape(*x.shape[:-1], -1) for a in (of_all, *chosen))
+        return first, second, third
+
+    if explicit_mesh(x) is None:
+        return local(x, router, bias)
+    rows = P(entries(x)[0])
     # XLA does not split its top-k by itself: it would bring all tokens to every device.
-    split = jax.shard_map(choose, in_specs=(rows, P()), out_specs=rows, check_vma=False)
-    return split(scores, bias)
+    specs = {"in_specs": (rows, P(), P()), "out_specs": rows}
+    return jax.shard_map(local, **specs, check_vma=False)(x, router, bias)
 
 
 def moe_on_mesh(

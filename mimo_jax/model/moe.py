@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import jax
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
 from mimo_jax.config import MiMoConfig
 from mimo_jax.model.expert_parallel import moe_on_mesh, route_on_mesh
-from mimo_jax.model.layers import contract
 from mimo_jax.model.parameters import Format, Make, ParamSpec, declare
 from mimo_jax.model.taps import Taps
 from pallas_kernels.backends import kernels_of
@@ -54,17 +51,16 @@ class MoE(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"], taps: Taps) -> Float[Array, "B T D"]:
         """Routes each token in float32 and sums its experts."""
-        logits = contract("btd,ed->bte", x.astype(jnp.float32), self.gate[...].astype(jnp.float32))
-        scores = jax.nn.sigmoid(logits)
-        taps.record(f"router.{self.index}", scores)
-        weights, chosen = route_on_mesh(
-            scores,
+        scores, weights, chosen = route_on_mesh(
+            x,
+            self.gate[...],
             self.e_score_correction_bias[...],
             self.top_k,
             normalize=self.normalize,
             scale=self.scale,
             kernels=kernels_of(self.gate_proj.get_value()),
         )
+        taps.record(f"router.{self.index}", scores)
         taps.record(f"experts.{self.index}", chosen)
         y = moe_on_mesh(
             x,

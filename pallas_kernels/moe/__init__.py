@@ -9,12 +9,16 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import backends
 from pallas_kernels.backends import REFERENCE, Implementation
-from pallas_kernels.moe import reference, triton, triton_route
+from pallas_kernels.moe import reference, triton, triton_route, triton_scores
 
 # Preferred first.  Few tokens: Triton is faster than Mosaic GPU; many: the other way round.
 IMPLEMENTATIONS = (
     Implementation("triton", triton.unsupported, triton.moe),
     Implementation(REFERENCE, lambda *_: None, reference.moe),
+)
+SCORES = (
+    Implementation("triton", triton_scores.unsupported, triton_scores.scores),
+    Implementation(REFERENCE, lambda *_: None, reference.scores),
 )
 ROUTES = (
     Implementation("triton", triton_route.unsupported, triton_route.route),
@@ -22,34 +26,34 @@ ROUTES = (
 )
 
 
+def scores(
+    x: Float[Array, "P D"], router: Float[Array, "E D"], *, kernels: Sequence[str] = (REFERENCE,)
+) -> Float[Array, "P E"]:
+    """Sigmoid router outputs, float32; see `reference.scores`.
+
+    Args:
+      kernels: backends that may be used; the reference is used where none of them has this.
+    """
+    return backends.call("scores", SCORES, (*kernels, REFERENCE), (x, router), x, router)
+
+
 def route(
-    scores: Float[Array, "*b E"],
+    scores: Float[Array, "P E"],
     bias: Float[Array, " E"],
     top_k: int,
     *,
     normalize: bool,
     scale: float | None,
     kernels: Sequence[str] = (REFERENCE,),
-) -> tuple[Float[Array, "*b X"], Int[Array, "*b X"]]:
+) -> tuple[Float[Array, "P X"], Int[Array, "P X"]]:
     """Mixing weights and indices of each token's experts; see `reference.route`.
 
     Args:
       kernels: backends that may be used; the reference is used where none of them has this.
     """
-    flat = scores.reshape(-1, scores.shape[-1])
-    weights, chosen = backends.call(
-        "route",
-        ROUTES,
-        (*kernels, REFERENCE),
-        (flat,),
-        flat,
-        bias,
-        top_k,
-        normalize=normalize,
-        scale=scale,
-    )
-    shape = (*scores.shape[:-1], top_k)
-    return weights.reshape(shape), chosen.reshape(shape)
+    options = {"normalize": normalize, "scale": scale}
+    allowed = (*kernels, REFERENCE)
+    return backends.call("route", ROUTES, allowed, (scores,), scores, bias, top_k, **options)
 
 
 def moe(

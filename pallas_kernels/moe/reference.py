@@ -23,6 +23,12 @@ GATHER_PAIRS = 64
 TILE_BYTES = 128 * 2**20
 
 
+def scores(x: Float[Array, "P D"], router: Float[Array, "E D"]) -> Float[Array, "P E"]:
+    """Sigmoid of the router's outputs, all of it in float32."""
+    x, router = x.astype(jnp.float32), router.astype(jnp.float32)
+    return jax.nn.sigmoid(einsum32("pd,ed->pe", x, router))
+
+
 def route(
     scores: Float[Array, "*b E"],
     bias: Float[Array, " E"],

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -33,11 +34,13 @@ class Tiling:
 
     Attributes:
       rows: rows of a weight stack that a program computes; divides 64, or is 128 for `down`.
+      splits: programs that share the columns; their sums are added up by XLA.
       unroll: column tiles a step of the loop.
       stages, warps: for Triton.
     """
 
     rows: int = 64
+    splits: int = 1
     unroll: int = 1
     stages: int = 4
     warps: int = 4
@@ -114,26 +117,42 @@ def _product(
     n_rows, n_columns = stacks[0].padded
     n_experts = stacks[0].words.shape[0]
     assert len(stacks) == 1 or tiling.rows <= TILE_ROWS
+    splits = math.gcd(tiling.splits, n_columns // TILE_COLUMNS)
+    steps = n_columns // TILE_COLUMNS // splits
     kernel = functools.partial(
         _kernel,
         n_experts=n_experts,
         per_row=per_row,
-        steps=n_columns // TILE_COLUMNS,
-        tiling=tiling,
+        steps=steps,
+        tiling=dataclasses.replace(tiling, splits=splits, unroll=math.gcd(tiling.unroll, steps)),
         interpret=interpret,
     )
     arrays = [a for s in stacks for a in (s.words, s.scales)]
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
-    return pl.pallas_call(
+    out = jax.ShapeDtypeStruct((1, 1, pairs, n_rows), jnp.bfloat16)
+    if splits > 1:
+        out = jax.ShapeDtypeStruct((splits, len(stacks), pairs, n_rows), jnp.float32)
+    y = pl.pallas_call(
         kernel,
-        out_shape=jax.ShapeDtypeStruct((pairs, n_rows), jnp.bfloat16),
-        grid=(n_rows // tiling.rows, pairs),
+        out_shape=out,
+        grid=(n_rows // tiling.rows, pairs, splits),
         in_specs=[anywhere] * (2 + len(arrays)),
         out_specs=anywhere,
         compiler_params=plt.CompilerParams(num_warps=tiling.warps, num_stages=tiling.stages),
         interpret=interpret,
         name="moe_up" if len(stacks) == 2 else "moe_down",
     )(expert, x, *arrays)
+    if splits == 1:
+        return y[0, 0]
+    return _joined(list(y.sum(axis=0))).astype(jnp.bfloat16)
+
+
+def _joined(products: list[Array]) -> Array:
+    """The product with one stack; of two, silu of the first times the second."""
+    if len(products) == 1:
+        return products[0]
+    gate, up = products
+    return gate * jax.nn.sigmoid(gate) * up
 
 
 def _kernel(
@@ -147,7 +166,7 @@ def _kernel(
     interpret: bool,
 ) -> None:
     *stacks, out_ref = refs
-    row_tile, pair = pl.program_id(0), pl.program_id(1)
+    row_tile, pair, split = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     mine = plt.load(expert_ref.at[pair])
     same = plt.load(expert_ref.at[:]) == mine
     index = jnp.arange(same.shape[0])
@@ -162,30 +181,31 @@ def _kernel(
             which, within = row // TILE_ROWS, row % TILE_ROWS
             rows = pl.ds(within, min(tiling.rows, TILE_ROWS))
             return (
-                lambda at: words.at[mine, which, at, rows, :],
-                lambda at: scales.at[mine, which, at, rows],
+                lambda at: words.at[mine, which, first_step + at, rows, :],
+                lambda at: scales.at[mine, which, first_step + at, rows],
             )
 
-        first = row_tile * tiling.rows
+        first, first_step = row_tile * tiling.rows, split * steps
         starts = [first + r for r in range(0, tiling.rows, TILE_ROWS)]
         pairs_of_refs = list(zip(stacks[0::2], stacks[1::2]))
         products = mxfp4_products(
             [tile(words, scales, row) for words, scales in pairs_of_refs for row in starts],
-            lambda at: plt.load(x_ref.at[token[None, :], at[:, None]]),
+            lambda at: plt.load(x_ref.at[token[None, :], first_step * TILE_COLUMNS + at[:, None]]),
             rows=min(tiling.rows, TILE_ROWS),
             tokens=COLUMNS,
             steps=steps,
             unroll=tiling.unroll,
             interpret=interpret,
         )
-        if len(pairs_of_refs) == 2:
-            g, u = products
-            products = [g * jax.nn.sigmoid(g) * u]
-        for row, y in zip(starts, products):
-            at = row + jnp.arange(y.shape[0])
-            # Beyond the end where there is no pair: the interpreter writes there, masked or not.
-            into = out_ref.at[jnp.where(valid, columns[None, :], out_ref.shape[0]), at[:, None]]
-            plt.store(into, y.astype(out_ref.dtype), mask=jnp.broadcast_to(valid, y.shape))
+        # Beyond the end where there is no pair: the interpreter writes there, masked or not.
+        to = jnp.where(valid, columns[None, :], out_ref.shape[2])
+        stacked = [products[i : i + len(starts)] for i in range(0, len(products), len(starts))]
+        if tiling.splits == 1:
+            stacked = [[_joined(list(parts)) for parts in zip(*stacked)]]
+        for which, parts in enumerate(stacked):
+            for row, y in zip(starts, parts):
+                into = out_ref.at[split, which, to, row + jnp.arange(y.shape[0])[:, None]]
+                plt.store(into, y.astype(out_ref.dtype), mask=jnp.broadcast_to(valid, y.shape))
 
 
 def _columns(

@@ -1,12 +1,14 @@
 """The kernels of few tokens and of routing, interpreted on a CPU."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from pallas_kernels import words
-from pallas_kernels.moe import cases, reference, triton, triton_route
+from pallas_kernels.moe import cases, reference, triton, triton_route, triton_scores
 from pallas_kernels.moe.triton import Config, Tiling
 
 BF16_ERROR = 5e-3
@@ -31,11 +33,17 @@ def test_against_the_reference(case):
     "tiling", [Tiling(rows=16), Tiling(rows=32, unroll=2), Tiling(unroll=2)], ids=str
 )
 def test_tilings_agree(tiling):
+    split = dataclasses.replace(tiling, splits=2)
     case = cases.Case(5, 256, 256, 6, 4)
     stacks, given = tuple(map(pack, cases.experts(case, 3))), cases.tokens(case, 4)
     expected = triton.moe(*given, *stacks, interpret=True)
     got = triton.moe(*given, *stacks, config=Config(tiling, tiling), interpret=True)
     np.testing.assert_allclose(got, expected, rtol=2e-2, atol=1e-2 * float(jnp.abs(got).max()))
+    np.testing.assert_allclose(
+        triton.moe(*given, *stacks, config=Config(split, split), interpret=True),
+        expected,
+        atol=1e-2 * float(jnp.abs(expected).max()),
+    )
     wide = Config(tiling, Tiling(rows=128))
     np.testing.assert_array_equal(triton.moe(*given, *stacks, config=wide, interpret=True), got)
 
@@ -82,3 +90,13 @@ def test_routing_is_identical(tokens, experts, top_k, normalize, scale):
 def test_routing_refuses_what_does_not_fit_a_warp():
     with pytest.raises(NotImplementedError, match="2048 experts are more than 1024"):
         triton_route.route(jnp.zeros((1, 2048)), jnp.zeros(2048), 8, normalize=True, scale=None)
+
+
+@pytest.mark.parametrize(("tokens", "dim"), [(1, 96), (8, 1536)])
+def test_router_scores(tokens, dim):
+    rng = np.random.default_rng(dim)
+    x = jnp.asarray(rng.standard_normal((tokens, dim)), jnp.bfloat16)
+    router = jnp.asarray(rng.standard_normal((12, dim)) / np.sqrt(dim), jnp.float32)
+    got = triton_scores.scores(x, router, interpret=True)
+    assert relative_error(got, reference.scores(x, router)) < 1e-6
+    assert triton_scores.unsupported(jnp.zeros((9, dim)), router) == "9 tokens are more than 8"
