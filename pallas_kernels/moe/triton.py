@@ -56,8 +56,12 @@ class Config:
 
 def configure(tokens: int, width: int, dim: int) -> Config:
     """What was fastest on an H100 (benchmarks/LOG.md)."""
-    del tokens, width, dim
-    return Config(Tiling(), Tiling())
+    del dim
+    down = Tiling(warps=2)
+    if width >= 1024:
+        return Config(Tiling(stages=5), down)
+    # A narrow shard has few tiles of rows, whose programs alone would not keep the memory busy.
+    return Config(Tiling(rows=32, splits=4, warps=2) if tokens < 4 else Tiling(splits=4), down)
 
 
 def unsupported(x: Any, chosen: Any, gate: Any) -> str | None:

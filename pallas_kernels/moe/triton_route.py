@@ -47,7 +47,6 @@ def route(
         top_k=top_k,
         normalize=normalize,
         scale=scale,
-        interpret=interpret,
     )
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
     return pl.pallas_call(
@@ -76,7 +75,6 @@ def _kernel(
     top_k: int,
     normalize: bool,
     scale: float | None,
-    interpret: bool,
 ) -> None:
     token = pl.program_id(0)
     expert = jnp.arange(pl.next_power_of_2(n_experts))
@@ -95,23 +93,9 @@ def _kernel(
         weights = jnp.where(slot == k, score, weights)
         chosen = jnp.where(slot == k, best.astype(jnp.int32), chosen)
     if normalize:
-        weights = _divide(weights, total + 1e-20, interpret)
+        weights = weights / (total + 1e-20)  # rounds as XLA:GPU does; so div.rn would not
     if scale is not None:
         weights = weights * scale
     wanted = slot < top_k
     plt.store(weights_ref.at[token, slot], weights, mask=wanted)
     plt.store(chosen_ref.at[token, slot], chosen, mask=wanted)
-
-
-def _divide(a: Array, b: Array, interpret: bool) -> Array:
-    """a / b rounded as IEEE 754 wants it, which Triton's division isn't."""
-    if interpret:
-        return a / b
-    [quotient] = plt.elementwise_inline_asm(
-        "div.rn.f32 $0, $1, $2;",
-        args=[a, jnp.broadcast_to(b, a.shape)],
-        constraints="=f,f,f",
-        pack=1,
-        result_shape_dtypes=[jax.ShapeDtypeStruct(a.shape, jnp.float32)],
-    )
-    return quotient
