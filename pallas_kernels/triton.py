@@ -43,7 +43,9 @@ def decode(
     exponent = (scales >> (8 * j)) & 0xFF if j else scales & 0xFF
     pair = exponent * jnp.uint32(0x00800080)
     pair = jnp.broadcast_to(pair[:, None], words.shape)
-    asm = "{ .reg .b32 t; " + _PLACE[j] + " mul.rn.bf16x2 $0, t, $2; }"
+    # As a sum with -0, because GPUs before Hopper have no bfloat16 product without one.
+    product = " fma.rn.bf16x2 $0, t, $2, zero; }"
+    asm = "{ .reg .b32 t, zero; mov.b32 zero, 0x80008000; " + _PLACE[j] + product
     # Of the two registers that a pair of scales is, the second holds the same.
     [values] = plt.elementwise_inline_asm(
         asm,
