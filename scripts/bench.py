@@ -2,6 +2,7 @@
 
     python scripts/bench.py decode                          # mimo-tiny, on the current device
     python scripts/bench.py decode --torch-python PYTHON    # beside transformers
+    python scripts/bench.py kernels                         # where they run
     python scripts/bench.py show benchmarks/results/decode_cpu.json
 
 `decode` times greedy generation a token, without the prompt, at each dtype and batch size: with
@@ -10,6 +11,8 @@ imported, here or by the interpreter that --torch-python names, transformers'
 `MiMoV2FlashForCausalLM` generates with the same weights after the same prompts in the same run,
 with torch's default number of threads and with one.  Everything that is compared takes turns, so
 that a disturbance of the machine meets all of it.  In float32 both must produce the same tokens.
+
+`kernels` checks and times the kernels on the sizes of MiMo's models (bench_kernels.py).
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import bench_kernels
 import jax
 import numpy as np
 from circumstances import circumstances, write_result
@@ -277,17 +281,22 @@ def main() -> None:
     sub.add_argument("--repeat", type=int, default=5)
     sub.add_argument("--torch-python", help="a Python that has torch and transformers")
     sub.add_argument("--out", type=Path, help="default: benchmarks/results/decode_<backend>.json")
+    sub = commands.add_parser("kernels", help="check and time the kernels")
+    bench_kernels.add_arguments(sub)
+    sub.add_argument("--out", type=Path, help="default: benchmarks/results/kernels_<device>.json")
     sub = commands.add_parser("show", help="print a result")
     sub.add_argument("file", type=Path)
     args = parser.parse_args()
     if args.run == "show":
-        show(json.loads(args.file.read_text()))
-        return
-    result = decode(args)
-    out = args.out or RESULTS / f"decode_{jax.default_backend()}.json"
-    write_result(result, out)
-    show(result)
-    print(f"written to {out}")
+        result = json.loads(args.file.read_text())
+    elif args.run == "kernels":
+        result = bench_kernels.measure(args)
+        device = result["device"].lower().replace(" ", "_")
+        write_result(result, args.out or RESULTS / f"kernels_{device}.json")
+    else:
+        result = decode(args)
+        write_result(result, args.out or RESULTS / f"decode_{jax.default_backend()}.json")
+    (bench_kernels.show if result["benchmark"] == "kernels" else show)(result)
 
 
 if __name__ == "__main__":
