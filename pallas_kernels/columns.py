@@ -12,7 +12,8 @@ range of sublanes, and is applied without moving anything between lanes.
   are, 8 successive columns a word.
 - `FP8Columns`: float8_e4m3fn, transposed.
 
-Packing is exact and `unpack` gives back what was packed.
+Packing is exact and `unpack` gives back what was packed.  In products, weights below 2^-126 count
+as zero, as float32's denormals do on TPUs.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, BFloat16
+from jaxtyping import Array, Float
 
 from pallas_kernels import mosaic_tpu
 from pallas_kernels.columns import CHUNK, Columns
@@ -47,24 +47,24 @@ def choose_blocks(tokens: int, w: Columns) -> Blocks:
 
 
 def unsupported(x: Any, w: Any) -> str | None:
-    """Why this product can't be done here; None if it can."""
+    """Why this kernel can't do a case; None if it can."""
+    if not isinstance(w, Columns):
+        return f"the weights are not packed for TPUs but {type(w).__name__}"
     if x.dtype != jnp.bfloat16:
         return f"activations are {x.dtype}, and the kernel is for bfloat16"
-    if not isinstance(w, Columns):
-        return f"weights are {type(w).__name__}, and the kernel is for weights packed as columns"
     if w.ndim not in (2, 3):
-        return f"weights have {w.ndim} dimensions, and the kernel is for 2 or 3"
+        return f"weights have {w.ndim} dimensions and not 2 or 3"
     return None
 
 
 def quantized_matmul(
-    x: BFloat16[Array, "T D"], w: Columns, *, interpret: Any = False, blocks: Blocks | None = None
-) -> BFloat16[Array, "T F"]:
+    x: Float[Array, "T D"], w: Any, *, interpret: Any = False, blocks: Blocks | None = None
+) -> Float[Array, "T ..."]:
     """x W^T, as `reference.quantized_matmul`.
 
     Args:
-      x: activations.
-      w: weights [F, D], or [C, R, D] whose product ends in C, R.
+      x: activations, bfloat16.
+      w: `Columns` [F, D], or [C, R, D] whose product ends in C, R.
       interpret: False, True, or `pltpu.InterpretParams`.
       blocks: None for those of `choose_blocks`.
 
@@ -74,14 +74,13 @@ def quantized_matmul(
     reason = unsupported(x, w)
     if reason is not None:
         raise NotImplementedError(reason)
-    tokens = x.shape[0]
-    rows = w.shape[-2]
-    if w.ndim == 2:
+    tokens, stacked, rows = x.shape[0], w.ndim == 3, w.shape[-2]
+    if not stacked:
         w = jax.tree.map(lambda a: a[None], w)
     x = mosaic_tpu.filled(x, mosaic_tpu.padded_rows(tokens), w.padded[1])
     product = _product(x, w, blocks or choose_blocks(tokens, w), interpret)
     product = product[:, :tokens, :rows]
-    return jnp.swapaxes(product, 0, 1).reshape(tokens, -1)
+    return jnp.swapaxes(product, 0, 1) if stacked else product[0]
 
 
 def _product(x: Array, w: Columns, b: Blocks, interpret: Any) -> Array:
