@@ -33,7 +33,7 @@ class Tiling:
     """How one of the two products is cut.
 
     Attributes:
-      rows: rows of a weight stack that a program computes; divides 64, or is 128 for `down`.
+      rows: rows of each weight stack that a program computes: a divisor of 64, or 128.
       splits: programs that share the columns; their sums are added up by XLA.
       unroll: column tiles a step of the loop.
       stages, warps: for Triton.
@@ -100,7 +100,9 @@ def moe(
     pairs = tokens * top_k
     filled = pl.next_power_of_2(pairs)
     expert = jnp.pad(chosen.reshape(-1), (0, filled - pairs), constant_values=-1)
-    call = functools.partial(_product, expert, pairs=pairs, interpret=interpret)
+    call = functools.partial(
+        _product, expert, pairs=pairs, one_token=tokens == 1, interpret=interpret
+    )
     h = call(x, [gate, up], per_row=top_k, tiling=config.up)
     y = call(h, [down], per_row=1, tiling=config.down)
     return weighted_sum(y.reshape(tokens, top_k, -1)[..., : down.rows], weights, chosen, gate)
@@ -113,6 +115,7 @@ def _product(
     *,
     pairs: int,
     per_row: int,
+    one_token: bool,
     tiling: Tiling,
     interpret: bool,
 ) -> Float[Array, "pairs F"]:
@@ -120,13 +123,13 @@ def _product(
     or silu of the product with the first times that with the second."""
     n_rows, n_columns = stacks[0].padded
     n_experts = stacks[0].words.shape[0]
-    assert len(stacks) == 1 or tiling.rows <= TILE_ROWS
     splits = math.gcd(tiling.splits, n_columns // TILE_COLUMNS)
     steps = n_columns // TILE_COLUMNS // splits
     kernel = functools.partial(
         _kernel,
         n_experts=n_experts,
         per_row=per_row,
+        one_token=one_token,
         steps=steps,
         tiling=dataclasses.replace(tiling, splits=splits, unroll=math.gcd(tiling.unroll, steps)),
         interpret=interpret,
@@ -165,6 +168,7 @@ def _kernel(
     *refs: Any,
     n_experts: int,
     per_row: int,
+    one_token: bool,
     steps: int,
     tiling: Tiling,
     interpret: bool,
@@ -174,11 +178,16 @@ def _kernel(
     mine = plt.load(expert_ref.at[pair])
     same = plt.load(expert_ref.at[:]) == mine
     index = jnp.arange(same.shape[0])
-    earlier = jnp.sum((same & (index < pair)).astype(jnp.int32))
+    # A single token has its experts to itself, and need not look for others.
+    earlier = 0 if one_token else jnp.sum((same & (index < pair)).astype(jnp.int32))
 
     @pl.when((mine >= 0) & (mine < n_experts) & (earlier % COLUMNS == 0))
     def work() -> None:
-        columns, valid = _columns(same, index, earlier)
+        if one_token:
+            first_column = jnp.arange(COLUMNS) == 0
+            columns, valid = jnp.where(first_column, pair, 0), first_column[None, :]
+        else:
+            columns, valid = _columns(same, index, earlier)
         token = columns // per_row
 
         def tile(words: Any, scales: Any, row: Any) -> tuple[Any, Any]:
