@@ -178,8 +178,9 @@ def _kernel(
     mine = plt.load(expert_ref.at[pair])
     same = plt.load(expert_ref.at[:]) == mine
     index = jnp.arange(same.shape[0])
-    # A single token has its experts to itself, and need not look for others.
-    earlier = 0 if one_token else jnp.sum((same & (index < pair)).astype(jnp.int32))
+    earlier = jnp.zeros((), jnp.int32)
+    if not one_token:  # which has its experts to itself
+        earlier = jnp.sum((same & (index < pair)).astype(jnp.int32))
 
     @pl.when((mine >= 0) & (mine < n_experts) & (earlier % COLUMNS == 0))
     def work() -> None:
