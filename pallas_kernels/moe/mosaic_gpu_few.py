@@ -89,7 +89,9 @@ def columns(
     index = jnp.arange(tokens * top_k, dtype=jnp.int32)
     here = (flat >= 0) & (flat < n_experts)
     same = flat[:, None] == flat[None, :]
-    if tokens <= COLUMNS:
+    if tokens == 1:  # Its experts differ.
+        first, column = index, 0
+    elif tokens <= COLUMNS:
         first = jnp.min(jnp.where(same, index[None, :], len(index)), axis=1)
         column = index // top_k
     else:
