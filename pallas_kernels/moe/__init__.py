@@ -9,11 +9,20 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import backends
 from pallas_kernels.backends import REFERENCE, Implementation
-from pallas_kernels.moe import reference, triton, triton_route, triton_scores
+from pallas_kernels.moe import (
+    mosaic_gpu,
+    reference,
+    triton,
+    triton_many,
+    triton_route,
+    triton_scores,
+)
 
 # Preferred first.  Few tokens: Triton is faster than Mosaic GPU; many: the other way round.
 IMPLEMENTATIONS = (
     Implementation("triton", triton.unsupported, triton.moe),
+    Implementation("mosaic_gpu", mosaic_gpu.unsupported, mosaic_gpu.moe),
+    Implementation("triton", triton_many.unsupported, triton_many.moe),
     Implementation(REFERENCE, lambda *_: None, reference.moe),
 )
 SCORES = (

@@ -1,0 +1,66 @@
+"""The Triton kernels at the models' sizes compile for Hopper, and no register spills."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels import targets, words
+from pallas_kernels.formats import FP8Array, MXFP4Array
+from pallas_kernels.moe import cases as moe_cases
+from pallas_kernels.moe import triton, triton_many, triton_route, triton_scores
+from pallas_kernels.quantized_matmul import cases as matmul_cases
+from pallas_kernels.quantized_matmul.triton import quantized_matmul
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*Triton.*:DeprecationWarning")
+ShapeDtype = jax.ShapeDtypeStruct
+
+
+def mxfp4(*shape: int) -> words.MXFP4Words:
+    *lead, rows, columns = shape
+    codes = ShapeDtype((*lead, rows, columns // 2), jnp.uint8)
+    scales = ShapeDtype((*lead, rows, columns // 32), jnp.uint8)
+    return jax.eval_shape(words.pack, MXFP4Array(codes, scales))
+
+
+def fp8(*shape: int) -> words.FP8Words:
+    *lead, rows, columns = shape
+    scales = ShapeDtype((*lead, -(-rows // 128), -(-columns // 128)), jnp.float32)
+    return jax.eval_shape(words.pack, FP8Array(ShapeDtype(shape, jnp.float8_e4m3fn), scales))
+
+
+@pytest.mark.parametrize("name", moe_cases.REAL)
+def test_moe(name):
+    case = moe_cases.REAL[name]
+    e, f, d = case.experts, case.width, case.dim
+    form = triton if case.tokens <= triton.MAX_TOKENS else triton_many
+    targets.compile(
+        targets.HOPPER,
+        lambda *args: form.moe(*args),
+        ShapeDtype((case.tokens, d), jnp.bfloat16),
+        ShapeDtype((case.tokens, case.top_k), jnp.float32),
+        ShapeDtype((case.tokens, case.top_k), jnp.int32),
+        *(mxfp4(e, f, d), mxfp4(e, f, d), mxfp4(e, d, f)),
+    )
+
+
+@pytest.mark.parametrize("tokens", [1, 8])
+def test_routing(tokens):
+    def route(x, router, bias):
+        scores = triton_scores.scores(x, router)
+        return triton_route.route(scores, bias, 8, normalize=True, scale=None)
+
+    targets.compile(
+        targets.HOPPER,
+        route,
+        ShapeDtype((tokens, 6144), jnp.bfloat16),
+        ShapeDtype((384, 6144), jnp.float32),
+        ShapeDtype((384,), jnp.float32),
+    )
+
+
+@pytest.mark.parametrize("case", matmul_cases.REAL, ids=lambda c: c.name)
+def test_quantized_matmul(case):
+    w = (fp8 if case.format == "fp8" else mxfp4)(*case.weights)
+    for rows in (1, 16, 64, 128, 4096):
+        x = ShapeDtype((rows, case.weights[-1]), jnp.bfloat16)
+        targets.compile(targets.HOPPER, lambda x, w: quantized_matmul(x, w), x, w)
