@@ -109,8 +109,9 @@ def _topology(hardware: Hardware) -> Any:
     if reason is not None:
         raise RuntimeError(reason)
     if hardware.target.platform == "tpu":
-        # libtpu otherwise asks a metadata server what machine it is on.
+        # libtpu otherwise asks a metadata server what machine it is on, and is for one process.
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+        os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
         os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
         return topologies.get_topology_desc(hardware.topology, "tpu")
     return topologies.get_topology_desc(
@@ -163,6 +164,11 @@ class Compiled:
     registers: dict[str, int]
 
 
+def placed(arrays: Any, sharding: NamedSharding) -> Any:
+    """Shapes of arrays in any pytree, to compile for."""
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), arrays)
+
+
 def compile(
     hardware: Hardware,
     f: Callable,
@@ -182,8 +188,7 @@ def compile(
     """
     if mesh is None:
         one = Mesh(np.array(hardware.devices()[:1]), ("device",))
-        placed = NamedSharding(one, PartitionSpec())
-        args = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=placed), args)
+        args = placed(args, NamedSharding(one, PartitionSpec()))
     if hardware.target.platform == "tpu":
         return Compiled(lower(hardware, f, *args, mesh=mesh).compile(), {})
     with tempfile.TemporaryDirectory() as folder, _mosaic_gpu_dumps(folder):

@@ -17,4 +17,7 @@ def test_compiles(case, tpu):
         compiled = targets.compile(tpu, lambda x, w: quantized_matmul(x, w), x, w)
         memory = compiled.program.memory_analysis()
         # The product may be rearranged; weights are read as they are, and not copied.
-        assert memory.temp_size_in_bytes < w.words.nbytes / 2 + 3 * memory.output_size_in_bytes
+        assert (
+            memory.temp_size_in_bytes
+            < w.words.size * w.words.dtype.itemsize / 2 + 3 * memory.output_size_in_bytes
+        )
