@@ -49,6 +49,8 @@ class Job:
       program: CALLS calls, jitted.
       args: of it.
       bytes, flops: of one call.
+      check: a jitted call, its arguments, and the result it should have; None if it is the
+        reference itself.
     """
 
     operation: str
@@ -58,6 +60,7 @@ class Job:
     args: tuple
     bytes: float
     flops: float
+    check: tuple[Any, tuple, jax.Array] | None = None
 
 
 def timed(program: Any, args: tuple, calls: int, groups: int = 5) -> float:
@@ -145,7 +148,7 @@ def supported(implementations: Any, name: str, case: tuple) -> bool:
     return backends.choose(implementations, (name,), *case)[0] is not None
 
 
-def moe_jobs(args: argparse.Namespace, names: tuple[str, ...], results: list) -> Iterator[Job]:
+def moe_jobs(args: argparse.Namespace, names: tuple[str, ...]) -> Iterator[Job]:
     """The mixture of experts, routing included."""
     key = jax.random.key(args.seed)
     wanted = {n: c for n, c in moe_cases.REAL.items() if args.only in f"moe {n}"}
@@ -169,29 +172,23 @@ def moe_jobs(args: argparse.Namespace, names: tuple[str, ...], results: list) ->
             ids = np.asarray(moe_route(x, router, bias, case.top_k, (REFERENCE,))[1])
             read = 3 * d * f * (0.5 + 1 / 32) * len(np.unique(ids)) + 4 * router.size
             flops = 6 * d * f * case.tokens * case.top_k
-            expected = None
+            definition, call = (
+                jax.jit(moe_reference.moe),
+                functools.partial(routed, top_k=case.top_k),
+            )
+            expected = definition(x.astype(jnp.float32), weights, chosen, *packed[0])
             for backend in names:
                 if not supported(moe.IMPLEMENTATIONS, backend, pair):
                     continue
-                kernels = (backend,)
-                if expected is None:
-                    definition = jax.jit(moe_reference.moe)
-                    expected = definition(x.astype(jnp.float32), weights, chosen, *packed[0])
-                poison()
-                found = jax.jit(moe.moe)(x, weights, chosen, *_renamed(packed[0], kernels))
-                results.append(
-                    {"operation": "moe", "case": name, "backend": backend}
-                    | {"error": error(found, expected)}
-                )
-                call = functools.partial(routed, top_k=case.top_k)
+                held = _renamed(packed, (backend,))
                 yield Job(
                     *("moe", name, backend),
                     chain(call, args.sets),
-                    (x, (router, bias), _renamed(packed, kernels)),
+                    (x, (router, bias), held),
                     *(read, flops),
+                    (jax.jit(moe.moe), (x, weights, chosen, *held[0]), expected),
                 )
             if case.tokens <= args.reference_tokens:
-                call = functools.partial(routed, top_k=case.top_k)
                 given = (x, (router, bias), plain)
                 yield Job("moe", name, "plain XLA", chain(call, 1), given, read, flops)
         del packed, plain
@@ -228,7 +225,7 @@ def _fp8_scales(key: Any, shape: tuple[int, ...]) -> jax.Array:
     return jax.random.uniform(key, (*lead, -(-r // 128), c // 128), minval=0.01, maxval=0.02)
 
 
-def matmul_jobs(args: argparse.Namespace, names: tuple[str, ...], results: list) -> Iterator[Job]:
+def matmul_jobs(args: argparse.Namespace, names: tuple[str, ...]) -> Iterator[Job]:
     """Products with quantised weights."""
     key = jax.random.key(args.seed)
     for case in matmul_cases.REAL:
@@ -245,28 +242,24 @@ def matmul_jobs(args: argparse.Namespace, names: tuple[str, ...], results: list)
             x = x.astype(jnp.bfloat16)
             read = size * (1 + 4 / 128**2) + 2 * x.size + 2 * rows * size / case.weights[-1]
             name = f"{case.name} {rows}"
+            call = chain(lambda x, _, w: quantized_matmul.quantized_matmul(x, w), sets)
+            definition = jax.jit(matmul_reference.quantized_matmul)
+            expected = definition(x.astype(jnp.float32), packed[0])
             for backend in names:
                 if not supported(quantized_matmul.IMPLEMENTATIONS, backend, (x, packed[0])):
                     continue
-                kernels = (backend,)
-                definition = jax.jit(matmul_reference.quantized_matmul)
-                expected = definition(x.astype(jnp.float32), packed[0])
-                poison()
-                found = jax.jit(quantized_matmul.quantized_matmul)(x, _renamed(packed[0], kernels))
-                results.append(
-                    {"operation": "quantized_matmul", "case": name, "backend": backend}
-                    | {"error": error(found, expected)}
-                )
-                given = (x, None, _renamed(packed, kernels))
+                held = _renamed(packed, (backend,))
+                product = jax.jit(quantized_matmul.quantized_matmul)
                 yield Job(
                     *("quantized_matmul", name, backend),
-                    chain(lambda x, _, w: quantized_matmul.quantized_matmul(x, w), sets),
-                    given,
+                    call,
+                    (x, None, held),
                     *(read, 2.0 * rows * size),
+                    (product, (x, held[0]), expected),
                 )
             yield Job(
                 *("quantized_matmul", name, "plain XLA"),
-                chain(lambda x, _, w: quantized_matmul.quantized_matmul(x, w), sets),
+                call,
                 (x, None, plain),
                 *(read, 2.0 * rows * size),
             )
@@ -278,27 +271,25 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     result: dict[str, Any] = {"benchmark": "kernels", **circumstances(args)}
     result["ceilings"] = ceilings()
     rows: list[dict[str, Any]] = []
-    for jobs in (moe_jobs(args, names, rows), matmul_jobs(args, names, rows)):
+    for jobs in (moe_jobs(args, names), matmul_jobs(args, names)):
         prepared = list(jobs)
         with ThreadPoolExecutor() as pool:
-            programs = list(pool.map(lambda j: j.program.lower(*j.args).compile(), prepared))
-        for job, program in zip(prepared, programs):
-            seconds = timed(program, job.args, CALLS)
-            found = next((r for r in rows if _is(r, job)), None)
-            if found is None:
-                rows.append(found := _row(job))
-            found |= {"seconds": seconds, "bytes": job.bytes, "flops": job.flops}
-        del prepared, programs
+            compiled = list(pool.map(_compiled, prepared))
+        for job, (program, check) in zip(prepared, compiled):
+            row = {k: getattr(job, k) for k in ("operation", "case", "backend", "bytes", "flops")}
+            if job.check is not None:
+                poison()
+                row["error"] = error(check(*job.check[1]), job.check[2])
+            row["seconds"] = timed(program, job.args, CALLS)
+            rows.append(row)
+        del prepared, compiled
     result["rows"] = rows
     return result
 
 
-def _is(row: dict[str, Any], job: Job) -> bool:
-    return all(row[k] == getattr(job, k) for k in ("operation", "case", "backend"))
-
-
-def _row(job: Job) -> dict[str, Any]:
-    return {"operation": job.operation, "case": job.case, "backend": job.backend}
+def _compiled(job: Job) -> tuple[Any, Any]:
+    check = job.check and job.check[0].lower(*job.check[1]).compile()
+    return job.program.lower(*job.args).compile(), check
 
 
 def show(result: dict[str, Any]) -> None:
