@@ -24,6 +24,7 @@ from mimo_jax.decoding.sampling import SamplingParams, sample_seed
 from mimo_jax.model.backbone import MiMo
 from mimo_jax.model.packing import pack_parameters
 from pallas_kernels.backends import Target, resolve
+from pallas_kernels.mosaic_tpu import converts_e2m1
 from sharding import distributed
 from sharding.mesh import make_mesh, use
 from sharding.rules import ShardingRules
@@ -83,7 +84,8 @@ def load(
     """
     on = None if mesh is None else make_mesh(mesh)
     device = jax.devices()[0] if on is None else on.devices.flat[0]
-    backends = resolve(kernels, Target.of(device))
+    target = Target.of(device)
+    backends = resolve(kernels, target)
     if random_weights is None:
         if layers is not None:
             raise ValueError("layers= cuts a model with random_weights=; give both or neither")
@@ -98,7 +100,7 @@ def load(
             rules=rules,
             progress=progress,
         )
-        return _packed(loaded, backends)
+        return _packed(loaded, backends, target)
     if dequantize or qkv is not None:
         raise ValueError("dequantize= and qkv= are about checkpoints; random_weights= reads none")
     config = MiMoConfig.from_pretrained(checkpoint.bundled().get(str(name_or_path), name_or_path))
@@ -110,14 +112,15 @@ def load(
         mesh=on,
         rules=rules,
     )
-    return _packed(loaded, backends)
+    return _packed(loaded, backends, target)
 
 
-def _packed(loaded: checkpoint.Loaded, backends: Sequence[str]) -> LanguageModel:
+def _packed(loaded: checkpoint.Loaded, backends: Sequence[str], target: Target) -> LanguageModel:
     """The model with its weights repacked for these kernels."""
+    native = converts_e2m1(target)
     for module in (loaded.model, loaded.mtp, loaded.drafter):
         if module is not None:
-            pack_parameters(module, backends)
+            pack_parameters(module, backends, native_e2m1=native)
     return LanguageModel(loaded)
 
 

@@ -20,12 +20,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from pallas_kernels.filling import cropped, filled, up
 from pallas_kernels.formats import FP8_BLOCK, MXFP4_BLOCK, FP8Array, MXFP4Array
 from pallas_kernels.words import E2M1_BITS, SIGN_BIT
 
@@ -49,8 +50,12 @@ class _Columns:
       words: [..., chunks, sublanes, R].
       scales: [..., chunks, 2, R]; see the formats.
       rows, columns: of the matrix that was packed; on a mesh, of each device's part of it.
-      kernels: the backends that may be used, in the order of `pallas_kernels.backends.NAMES`.
+      kernels: the backends that may be used (`pallas_kernels.backends.resolve`).
     """
+
+    # Of the array of words, those that rows and columns are cut along.
+    ROW_AXIS: ClassVar[int] = -1
+    COLUMN_AXIS: ClassVar[int] = -3
 
     words: Any
     scales: Any
@@ -64,11 +69,20 @@ class _Columns:
         return self.words.shape[-1], self.words.shape[-3] * CHUNK
 
     @property
+    def parts(self) -> tuple[int, int]:
+        """Into how many parts the rows and the columns were cut before they were packed."""
+        r, c = self.padded
+        return r // up(self.rows, self._row_unit), c // up(self.columns, CHUNK)
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the matrix that is represented."""
-        r, c = self.padded
-        parts = r // _up(self.rows, self._row_unit), c // _up(self.columns, CHUNK)
-        return (*self.words.shape[:-3], self.rows * parts[0], self.columns * parts[1])
+        rows, columns = self.parts
+        return (*self.words.shape[:-3], self.rows * rows, self.columns * columns)
+
+    def with_arrays(self, words: Any, scales: Any) -> Any:
+        """The same with other things in the place of the arrays."""
+        return dataclasses.replace(self, words=words, scales=scales)
 
     @property
     def ndim(self) -> int:
@@ -147,16 +161,6 @@ def unpack(w: Columns) -> FP8Array | MXFP4Array:
     return _unpack_mxfp4(w) if isinstance(w, MXFP4Columns) else _unpack_fp8(w)
 
 
-def _up(n: int, unit: int) -> int:
-    return -(-n // unit) * unit
-
-
-def _filled(a: Array, rows: int, columns: int) -> Array:
-    """An array [..., R, C] with zeros up to these sizes."""
-    more = [(0, 0)] * (a.ndim - 2) + [(0, rows - a.shape[-2]), (0, columns - a.shape[-1])]
-    return jnp.pad(a, more) if any(n for _, n in more) else a
-
-
 def _chunked(a: Array, chunks: int) -> Array:
     """[..., R, C] as [..., chunks, C / chunks, R]."""
     a = jnp.swapaxes(a, -1, -2)
@@ -198,8 +202,8 @@ def _taken(half: Array, j: int) -> Array:
 
 def _pack_mxfp4(w: MXFP4Array, kernels: tuple[str, ...], native: bool) -> MXFP4Columns:
     rows, columns = w.shape[-2:]
-    r, c = _up(rows, MXFP4_ROWS), _up(columns, CHUNK)
-    codes = _filled(w.codes, r, c // 2)
+    r, c = up(rows, MXFP4_ROWS), up(columns, CHUNK)
+    codes = filled(w.codes, r, c // 2)
     if native:
         words = _joined(codes.reshape(*codes.shape[:-1], c // 8, 4), 8)
     else:
@@ -210,7 +214,7 @@ def _pack_mxfp4(w: MXFP4Array, kernels: tuple[str, ...], native: bool) -> MXFP4C
             for n in (by_place & 0xF, by_place >> 4)
         )
         words = _joined(jnp.stack([low, high], axis=-1), 16).reshape(*codes.shape[:-1], c // 8)
-    scales = _filled(w.scales, r, c // MXFP4_BLOCK) + jnp.uint8(0 if native else SCALE_SHIFT)
+    scales = filled(w.scales, r, c // MXFP4_BLOCK) + jnp.uint8(0 if native else SCALE_SHIFT)
     by_byte = jnp.swapaxes(scales.reshape(*scales.shape[:-1], c // CHUNK, 4, 2), -1, -2)
     joined = _joined(by_byte, 8).reshape(*scales.shape[:-1], c // CHUNK * 2)
     words, joined = (_chunked(a, c // CHUNK) for a in (words, joined))
@@ -230,23 +234,24 @@ def _unpack_mxfp4(w: MXFP4Columns) -> MXFP4Array:
     scales = jnp.swapaxes(by_byte, -1, -2).reshape(*lead, r, -1)
     scales = scales - (0 if w.native else SCALE_SHIFT)
     return MXFP4Array(
-        codes[..., : w.rows, : w.columns // 2].astype(jnp.uint8),
-        scales[..., : w.rows, : w.columns // MXFP4_BLOCK].astype(jnp.uint8),
+        cropped(codes.astype(jnp.uint8), w.parts, w.rows, w.columns // 2),
+        cropped(scales.astype(jnp.uint8), w.parts, w.rows, w.columns // MXFP4_BLOCK),
     )
 
 
 def _pack_fp8(w: FP8Array, kernels: tuple[str, ...]) -> FP8Columns:
     rows, columns = w.shape[-2:]
-    r, c = _up(rows, FP8_ROWS), _up(columns, CHUNK)
-    bits = _filled(jax.lax.bitcast_convert_type(w.codes, jnp.uint8), r, c)
+    r, c = up(rows, FP8_ROWS), up(columns, CHUNK)
+    bits = filled(jax.lax.bitcast_convert_type(w.codes, jnp.uint8), r, c)
     codes = jax.lax.bitcast_convert_type(_chunked(bits, c // CHUNK), jnp.float8_e4m3fn)
     scales = jnp.repeat(w.scales, FP8_BLOCK, axis=-2)
-    scales = _chunked(_filled(scales, r, c // FP8_BLOCK), c // CHUNK)
+    scales = _chunked(filled(scales, r, c // FP8_BLOCK), c // CHUNK)
     return FP8Columns(codes, scales, rows, columns, kernels)
 
 
 def _unpack_fp8(w: FP8Columns) -> FP8Array:
     bits = _unchunked(jax.lax.bitcast_convert_type(w.words, jnp.uint8))
-    scales = _unchunked(w.scales)[..., ::FP8_BLOCK, : -(-w.columns // FP8_BLOCK)]
-    codes = jax.lax.bitcast_convert_type(bits[..., : w.rows, : w.columns], jnp.float8_e4m3fn)
-    return FP8Array(codes, scales)
+    blocks = up(w.rows, FP8_BLOCK) // FP8_BLOCK, up(w.columns, FP8_BLOCK) // FP8_BLOCK
+    scales = cropped(_unchunked(w.scales)[..., ::FP8_BLOCK, :], w.parts, *blocks)
+    bits = cropped(bits, w.parts, w.rows, w.columns)
+    return FP8Array(jax.lax.bitcast_convert_type(bits, jnp.float8_e4m3fn), scales)

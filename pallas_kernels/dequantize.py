@@ -16,7 +16,7 @@ from pallas_kernels.formats import (
     FP8Array,
     MXFP4Array,
 )
-from pallas_kernels.words import FP8Words, MXFP4Words, unpack
+from pallas_kernels.packed import Packed, unpack
 
 
 def dequantize(w: Any, dtype: Any) -> Array:
@@ -26,7 +26,7 @@ def dequantize(w: Any, dtype: Any) -> Array:
     denormals (codes below 2 with scale byte 0, below 1 with byte 1) to zero.  FP8 values are
     rounded once, from the float32 product.
     """
-    if isinstance(w, MXFP4Words | FP8Words):
+    if isinstance(w, Packed):
         w = unpack(w)
     if isinstance(w, FP8Array):
         return _dequantize_fp8(w.codes, w.scales).astype(dtype)

@@ -19,12 +19,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8, UInt16, UInt32
 
+from pallas_kernels.filling import cropped, filled, up
 from pallas_kernels.formats import MXFP4_BLOCK, FP8Array, MXFP4Array
 
 TILE_ROWS = 64
@@ -47,8 +48,12 @@ class _Words:
       words: uint16 [..., row tiles, column tiles, 64, words a row].
       scales: see the formats.
       rows, columns: of the matrix that was packed; on a mesh, of each device's part of it.
-      kernels: the backends that may be used, in the order of `pallas_kernels.backends.NAMES`.
+      kernels: the backends that may be used (`pallas_kernels.backends.resolve`).
     """
+
+    # Of the array of words, those that rows and columns are cut along.
+    ROW_AXIS: ClassVar[int] = -4
+    COLUMN_AXIS: ClassVar[int] = -3
 
     words: Any
     scales: Any
@@ -64,7 +69,7 @@ class _Words:
     @property
     def parts(self) -> tuple[int, int]:
         """Into how many parts the rows and the columns were cut before they were packed."""
-        filled = (_up(m, u) for m, u in zip((self.rows, self.columns), self._units))
+        filled = (up(m, u) for m, u in zip((self.rows, self.columns), self._units))
         rows, columns = (n // m for n, m in zip(self.padded, filled))
         return rows, columns
 
@@ -78,6 +83,10 @@ class _Words:
     def ndim(self) -> int:
         """Number of dimensions of the matrix that is represented."""
         return len(self.words.shape) - 2
+
+    def with_arrays(self, words: Any, scales: Any) -> Any:
+        """The same with other things in the place of the arrays."""
+        return dataclasses.replace(self, words=words, scales=scales)
 
     @property
     def _units(self) -> tuple[int, int]:
@@ -148,16 +157,6 @@ def unpack(w: Words) -> FP8Array | MXFP4Array:
     return _unpack_mxfp4(w) if isinstance(w, MXFP4Words) else _unpack_fp8(w)
 
 
-def _up(n: int, unit: int) -> int:
-    return -(-n // unit) * unit
-
-
-def _filled(a: Array, rows: int, columns: int) -> Array:
-    """An array [..., R, C] with zeros up to these sizes."""
-    more = [(0, 0)] * (a.ndim - 2) + [(0, rows - a.shape[-2]), (0, columns - a.shape[-1])]
-    return jnp.pad(a, more) if any(n for _, n in more) else a
-
-
 def _tiles(a: Array, columns: int) -> Array:
     """[..., R, C] as [..., R/64, C/columns, 64, columns]."""
     *lead, r, c = a.shape
@@ -170,18 +169,10 @@ def _untiled(a: Array) -> Array:
     return jnp.swapaxes(a, -3, -2).reshape(*lead, rt * r, ct * c)
 
 
-def _cropped(a: Array, w: _Words, columns: int) -> Array:
-    """An array [..., R, C] without what fills the parts of w, which have so many columns in it."""
-    *lead, r, c = a.shape
-    rows_of, columns_of = w.parts
-    a = a.reshape(*lead, rows_of, r // rows_of, columns_of, c // columns_of)
-    return a[..., : w.rows, :, :columns].reshape(*lead, rows_of * w.rows, columns_of * columns)
-
-
 def _pack_mxfp4(w: MXFP4Array, kernels: tuple[str, ...]) -> MXFP4Words:
     rows, columns = w.shape[-2:]
-    r, c = _up(rows, TILE_COLUMNS), _up(columns, TILE_COLUMNS)
-    codes = _tiles(_filled(w.codes, r, c // 2), TILE_COLUMNS // 2)
+    r, c = up(rows, TILE_COLUMNS), up(columns, TILE_COLUMNS)
+    codes = _tiles(filled(w.codes, r, c // 2), TILE_COLUMNS // 2)
     # Byte i of a group of 16 has the columns 2 i and 2 i + 1 of 32.
     codes = codes.reshape(*codes.shape[:-1], 4, MXFP4_BLOCK // 2).astype(jnp.uint16)
     nibbles = jnp.stack([codes & 0xF, codes >> 4], axis=-1)
@@ -190,7 +181,7 @@ def _pack_mxfp4(w: MXFP4Array, kernels: tuple[str, ...]) -> MXFP4Words:
     for j in range(4):
         for bit, place in zip((3, 2, 1, 0), (SIGN_BIT[j], *E2M1_BITS[j])):
             words |= ((nibbles[..., j, :] >> bit) & 1) << place
-    scales = _tiles(_filled(w.scales, r, c // MXFP4_BLOCK), 4).astype(jnp.uint32) + SCALE_SHIFT
+    scales = _tiles(filled(w.scales, r, c // MXFP4_BLOCK), 4).astype(jnp.uint32) + SCALE_SHIFT
     packed = sum(scales[..., j] << (8 * j) for j in range(4))
     return MXFP4Words(words, jnp.asarray(packed, jnp.uint32), rows, columns, kernels)
 
@@ -207,14 +198,15 @@ def _unpack_mxfp4(w: MXFP4Words) -> MXFP4Array:
     scales = jnp.stack([(w.scales >> (8 * j)) & 0xFF for j in range(4)], axis=-1)
     scales = _untiled((scales - SCALE_SHIFT).astype(jnp.uint8))
     return MXFP4Array(
-        _cropped(packed, w, w.columns // 2), _cropped(scales, w, w.columns // MXFP4_BLOCK)
+        cropped(packed, w.parts, w.rows, w.columns // 2),
+        cropped(scales, w.parts, w.rows, w.columns // MXFP4_BLOCK),
     )
 
 
 def _pack_fp8(w: FP8Array, kernels: tuple[str, ...]) -> FP8Words:
     rows, columns = w.shape[-2:]
     bits = jax.lax.bitcast_convert_type(w.codes, jnp.uint8)
-    bits = _filled(bits, _up(rows, TILE_ROWS), _up(columns, TILE_COLUMNS))
+    bits = filled(bits, up(rows, TILE_ROWS), up(columns, TILE_COLUMNS))
     halves = _tiles(bits, TILE_COLUMNS).astype(jnp.uint16)
     words = halves[..., : TILE_COLUMNS // 2] | (halves[..., TILE_COLUMNS // 2 :] << 8)
     return FP8Words(words, w.scales, rows, columns, kernels)
@@ -223,7 +215,7 @@ def _pack_fp8(w: FP8Array, kernels: tuple[str, ...]) -> FP8Words:
 def _unpack_fp8(w: FP8Words) -> FP8Array:
     bits = jnp.concatenate([w.words & 0xFF, w.words >> 8], axis=-1).astype(jnp.uint8)
     codes = jax.lax.bitcast_convert_type(_untiled(bits), jnp.float8_e4m3fn)
-    return FP8Array(_cropped(codes, w, w.columns), w.scales)
+    return FP8Array(cropped(codes, w.parts, w.rows, w.columns), w.scales)
 
 
 def decode_mxfp4(

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from jax.sharding import Mesh
@@ -13,8 +14,9 @@ from jax.sharding import Mesh
 from mimo_jax.checkpoint.errors import Problem
 from mimo_jax.checkpoint.names import SCALE_SUFFIX
 from mimo_jax.checkpoint.safetensors_file import DTYPES, StoredTensor
+from mimo_jax.model.parameters import value_format
 from mimo_jax.quant import MXFP4_NAN_SCALE, FP8Array, MXFP4Array
-from pallas_kernels import words
+from pallas_kernels.packed import Packed, unpack
 
 # Bytes looked at a time.
 PIECE_BYTES = 4 << 20
@@ -98,15 +100,14 @@ class Unpacked:
       field: "codes" or "scales".
     """
 
-    packed: words.Words
+    packed: Packed
     field: str
 
     @property
     def _like(self) -> jax.ShapeDtypeStruct:
         w = self.packed
         arrays = (jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (w.words, w.scales))
-        bare = dataclasses.replace(w, words=next(arrays), scales=next(arrays))
-        return getattr(jax.eval_shape(words.unpack, bare), self.field)
+        return getattr(jax.eval_shape(unpack, w.with_arrays(*arrays)), self.field)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -120,16 +121,15 @@ class Unpacked:
 
     def to_host(self, item: int | None) -> np.ndarray:
         """The array, or one item of its first dimension."""
-        arrays = (to_host(a, item) for a in (self.packed.words, self.packed.scales))
-        host = dataclasses.replace(self.packed, words=next(arrays), scales=next(arrays))
-        return np.asarray(getattr(words.unpack(host), self.field))
+        arrays = (jnp.asarray(to_host(a, item)) for a in (self.packed.words, self.packed.scales))
+        return np.asarray(getattr(unpack(self.packed.with_arrays(*arrays)), self.field))
 
 
 def as_stored(value: Any) -> Any:
     """A parameter's value in the format of checkpoints; packed weights are unpacked when read."""
-    if not isinstance(value, words.MXFP4Words | words.FP8Words):
+    if not isinstance(value, Packed):
         return value
-    kind = MXFP4Array if isinstance(value, words.MXFP4Words) else FP8Array
+    kind = MXFP4Array if value_format(value) == "mxfp4" else FP8Array
     return kind(Unpacked(value, "codes"), Unpacked(value, "scales"))
 
 

@@ -66,7 +66,8 @@ def moe_on_mesh(
     if mesh is None:
         return _flat_moe(x, weights, chosen, gate, up, down)
     tokens = axes_of(entries(x)[0])
-    split, width = (axes_of(entry) for entry in entries(jax.tree.leaves(gate)[0])[:2])
+    held = entries(jax.tree.leaves(gate)[0])
+    split, width = axes_of(held[0]), axes_of(held[getattr(gate, "ROW_AXIS", 1)])
     travel = tuple(a for a in split if a in tokens)
     summed = tuple(a for a in (*split, *width) if a not in tokens)
     ragged = collectives.prefers_ragged(_platform(mesh))

@@ -14,7 +14,7 @@ from mimo_jax.model.packed_linear import packed_linear
 from mimo_jax.model.parameters import Format, Make, ParamSpec, declare
 from mimo_jax.quant import dequantize
 from pallas_kernels.einsum import einsum32
-from pallas_kernels.words import Words
+from pallas_kernels.packed import Packed
 from sharding.types import entries, sharding
 
 
@@ -23,7 +23,7 @@ def linear(x: Float[Array, "*b D"], w: Any, *, like: Array | None = None) -> Flo
 
     Accumulates in float32 and returns x's dtype.  `like` is as in `contract`.
     """
-    if isinstance(w, Words):
+    if isinstance(w, Packed):
         return packed_linear(x, w)
     dense = dequantize(w, x.dtype)
     equation = "...d,fd->...f" if dense.ndim == 2 else "...d,crd->...cr"

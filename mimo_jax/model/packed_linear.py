@@ -6,27 +6,28 @@ import jax
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
+from pallas_kernels.packed import Packed
 from pallas_kernels.quantized_matmul import quantized_matmul
-from pallas_kernels.words import Words
 from sharding.types import axes_of, entries, explicit_mesh
 
 
-def packed_linear(x: Float[Array, "*b D"], w: Words) -> Float[Array, "*b *F"]:
+def packed_linear(x: Float[Array, "*b D"], w: Packed) -> Float[Array, "*b *F"]:
     """x W^T; each device multiplies with its part, and parts of columns are added up.
 
     x is split in its last dimension as the columns of W are.
     """
 
-    def local(x: Array, w: Words) -> Array:
+    def local(x: Array, w: Packed) -> Array:
         y = quantized_matmul(x.reshape(-1, x.shape[-1]), w)
         return y.reshape(*x.shape[:-1], *y.shape[1:])
 
     if explicit_mesh(x) is None:
         return local(x, w)
-    *lead, rows, columns, _, _ = entries(w.words)
+    split = entries(w.words)
+    lead, rows, columns = split[: w.ndim - 2], split[w.ROW_AXIS], split[w.COLUMN_AXIS]
     tokens, summed = entries(x)[:-1], axes_of(columns)
 
-    def partial(x: Array, w: Words) -> Array:
+    def partial(x: Array, w: Packed) -> Array:
         y = local(x, w)
         return jax.lax.psum(y, summed) if summed else y
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mimo_jax.quant import FP8Array, MXFP4Array, quantize_fp8, quantize_mxfp4
-from pallas_kernels.words import FP8Words, MXFP4Words
+from pallas_kernels.packed import FP8Columns, FP8Words, MXFP4Columns, MXFP4Words
 
 Format = Literal["plain", "fp8", "mxfp4"]
 
@@ -83,9 +83,9 @@ class ParamSpec:
 
 def value_format(value: Any) -> Format:
     """How a parameter's value is held in memory."""
-    if isinstance(value, FP8Array | FP8Words):
+    if isinstance(value, FP8Array | FP8Words | FP8Columns):
         return "fp8"
-    return "mxfp4" if isinstance(value, MXFP4Array | MXFP4Words) else "plain"
+    return "mxfp4" if isinstance(value, MXFP4Array | MXFP4Words | MXFP4Columns) else "plain"
 
 
 Make = Callable[[ParamSpec], Any]

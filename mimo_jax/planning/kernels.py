@@ -15,7 +15,7 @@ from mimo_jax.model.backbone import MiMo
 from mimo_jax.model.packing import has_kernels
 from mimo_jax.model.parameters import ParamSpec
 from mimo_jax.model.random_weights import shapes
-from pallas_kernels import moe, quantized_matmul, words
+from pallas_kernels import moe, packed, quantized_matmul
 from pallas_kernels.backends import REFERENCE, Implementation, Target, choose, resolve, why_not
 
 # Kinds of devices that need not be there, by the names of `sharding.devices`.
@@ -119,7 +119,7 @@ def _short(spec: ParamSpec) -> str:
 def _case(spec: ParamSpec, config: MiMoConfig, allowed: Sequence[str], tokens: int) -> tuple:
     held = shapes(spec, config.dtype)
     if allowed != (REFERENCE,) and has_kernels(spec):
-        held = jax.eval_shape(functools.partial(words.pack, kernels=tuple(allowed)), held)
+        held = jax.eval_shape(functools.partial(packed.pack, kernels=tuple(allowed)), held)
     x = jax.ShapeDtypeStruct((tokens, spec.shape[-1]), jnp.dtype(config.dtype))
     if "{}" not in spec.name:
         return x, held

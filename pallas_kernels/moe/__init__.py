@@ -11,6 +11,7 @@ from pallas_kernels import backends
 from pallas_kernels.backends import REFERENCE, Implementation
 from pallas_kernels.moe import (
     mosaic_gpu,
+    mosaic_tpu,
     reference,
     triton,
     triton_many,
@@ -23,6 +24,7 @@ IMPLEMENTATIONS = (
     Implementation("triton", triton.unsupported, triton.moe),
     Implementation("mosaic_gpu", mosaic_gpu.unsupported, mosaic_gpu.moe),
     Implementation("triton", triton_many.unsupported, triton_many.moe),
+    Implementation("mosaic_tpu", mosaic_tpu.unsupported, mosaic_tpu.moe),
     Implementation(REFERENCE, lambda *_: None, reference.moe),
 )
 SCORES = (

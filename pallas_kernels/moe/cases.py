@@ -32,14 +32,20 @@ class Case:
     scales: tuple[int, int] = (117, 121)
 
 
-PRO = {"dim": 6144, "width": 2048, "experts": 384, "top_k": 8}
-FLASH = {"dim": 4096, "width": 2048, "experts": 256, "top_k": 8}
+PRO = Case(1, dim=6144, width=2048, experts=384, top_k=8)
+QUARTER = dataclasses.replace(PRO, width=512)
+FLASH = Case(1, dim=4096, width=2048, experts=256, top_k=8)
 
-# MiMo's own sizes; each is a case of `scripts/bench_kernels.py`.
+
+def _named(name: str, case: Case, *tokens: int) -> dict[str, Case]:
+    return {f"{name} {n}": dataclasses.replace(case, tokens=n) for n in tokens}
+
+
+# MiMo's own sizes, and those of a shard of four.
 REAL = {
-    **{f"pro {n}": Case(n, **PRO) for n in (1, 4, 8, 16, 64, 256, 1024, 4096, 8192)},
-    **{f"pro/4 {n}": Case(n, **PRO | {"width": 512}) for n in (1, 8, 4096)},
-    **{f"flash {n}": Case(n, **FLASH) for n in (1, 8, 64, 4096)},
+    **_named("pro", PRO, 1, 4, 8, 16, 64, 256, 1024, 4096, 8192),
+    **_named("pro/4", QUARTER, 1, 8, 4096),
+    **_named("flash", FLASH, 1, 8, 64, 4096),
 }
 
 # Small enough to be interpreted.

@@ -8,11 +8,12 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import backends
 from pallas_kernels.backends import REFERENCE, Implementation
-from pallas_kernels.quantized_matmul import reference, triton
+from pallas_kernels.quantized_matmul import mosaic_tpu, reference, triton
 
 # Preferred first.
 IMPLEMENTATIONS = (
     Implementation("triton", triton.unsupported, triton.quantized_matmul),
+    Implementation("mosaic_tpu", mosaic_tpu.unsupported, mosaic_tpu.quantized_matmul),
     Implementation(REFERENCE, lambda *_: None, reference.quantized_matmul),
 )
 

@@ -13,7 +13,7 @@ from mimo_jax.model.parameters import parameters
 from mimo_jax.quant import FP8Array, MXFP4Array
 from pallas_kernels import backends
 from pallas_kernels.backends import BackendError
-from pallas_kernels.words import FP8Words, MXFP4Words, Words
+from pallas_kernels.packed import FP8Words, MXFP4Words, Packed
 
 IDS = np.arange(300, 310)[None]
 
@@ -44,10 +44,18 @@ def test_logits_of_kernels():
     assert 0 < error < 0.03
 
 
-@pytest.mark.parametrize(("mesh", "rules"), [("tensor=2", "latency"), ("expert=2", "throughput")])
-def test_logits_of_kernels_on_meshes(mesh, rules):
+@pytest.mark.parametrize(
+    ("kernels", "mesh", "rules"),
+    [
+        ("triton", "tensor=2", "latency"),
+        ("triton", "expert=2", "throughput"),
+        ("mosaic_tpu", None, "latency"),
+        ("mosaic_tpu", "tensor=2", "latency"),
+    ],
+)
+def test_logits_of_other_kernels_and_meshes(kernels, mesh, rules):
     expected = logits("triton")
-    error = np.linalg.norm(logits("triton", mesh, rules) - expected) / np.linalg.norm(expected)
+    error = np.linalg.norm(logits(kernels, mesh, rules) - expected) / np.linalg.norm(expected)
     assert error < 0.03
 
 
@@ -65,10 +73,12 @@ def test_greedy_tokens_of_kernels():
     assert got == expected
 
 
-@pytest.mark.parametrize("mesh", [None, "tensor=2"])
-def test_saving_packed_weights_writes_the_same_bytes(mesh, tmp_path):
+@pytest.mark.parametrize(
+    ("kernels", "mesh"), [("triton", None), ("triton", "tensor=2"), ("mosaic_tpu", "tensor=2")]
+)
+def test_saving_packed_weights_writes_the_same_bytes(kernels, mesh, tmp_path):
     mj.save_pretrained(loaded(), tmp_path / "plain")
-    mj.save_pretrained(loaded("triton", mesh), tmp_path / "packed")
+    mj.save_pretrained(loaded(kernels, mesh), tmp_path / "packed")
     names = sorted(os.listdir(tmp_path / "plain"))
     assert sorted(os.listdir(tmp_path / "packed")) == names
     for name in names:
@@ -78,7 +88,7 @@ def test_saving_packed_weights_writes_the_same_bytes(mesh, tmp_path):
 
 def test_on_a_cpu_nothing_is_packed_by_itself():
     lm = mj.load("mimo-tiny")
-    assert not any(isinstance(p.get_value(), Words) for _, p in parameters(lm.model))
+    assert not any(isinstance(p.get_value(), Packed) for _, p in parameters(lm.model))
 
 
 def test_kernels_that_do_not_run_here():
@@ -95,7 +105,9 @@ def large_scale(lm) -> None:
 def test_weights_that_words_cannot_hold():
     lm = mj.load("mimo-tiny")
     large_scale(lm)
-    with pytest.raises(BackendError, match=r"experts.*group scales above 2.*kernels='auto'"):
+    with pytest.raises(
+        BackendError, match=r"experts.*group scales that are too great"
+    ):
         pack_parameters(lm.model, ("triton",))
     lm = mj.load("mimo-tiny")
     large_scale(lm)
