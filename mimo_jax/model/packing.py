@@ -72,15 +72,16 @@ def _part(array: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(array.sharding.shard_shape(array.shape), array.dtype)
 
 
-def has_kernels(spec: ParamSpec) -> bool:
-    """Whether there are kernels for a parameter in its format."""
-    return spec.format == "mxfp4" or "{}" not in spec.name
+def has_kernels(spec: ParamSpec, kernels: tuple[str, ...]) -> bool:
+    """Whether some of these kernels are for a parameter in its format."""
+    fp8_experts = spec.format == "fp8" and "{}" in spec.name
+    return packed.for_tpu(kernels) or not fp8_experts
 
 
 def _why_not(spec: ParamSpec, value: FP8Array | MXFP4Array, kernels: tuple[str, ...]) -> str | None:
     """Why weights can't be packed; None if they can."""
-    if not has_kernels(spec):
-        return f"there are no kernels for {spec.format} experts"
+    if not has_kernels(spec, kernels):
+        return "there are no GPU kernels for FP8 experts"
     if entries(value.codes) != entries(value.scales):
         return "its parts on the mesh share blocks of scales"
     if bool(packed.unpackable(value, kernels)):

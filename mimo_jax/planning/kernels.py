@@ -118,7 +118,7 @@ def _short(spec: ParamSpec) -> str:
 
 def _case(spec: ParamSpec, config: MiMoConfig, allowed: Sequence[str], tokens: int) -> tuple:
     held = shapes(spec, config.dtype)
-    if allowed != (REFERENCE,) and has_kernels(spec):
+    if allowed != (REFERENCE,) and has_kernels(spec, tuple(allowed)):
         held = jax.eval_shape(functools.partial(packed.pack, kernels=tuple(allowed)), held)
     x = jax.ShapeDtypeStruct((tokens, spec.shape[-1]), jnp.dtype(config.dtype))
     if "{}" not in spec.name:

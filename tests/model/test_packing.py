@@ -105,9 +105,7 @@ def large_scale(lm) -> None:
 def test_weights_that_words_cannot_hold():
     lm = mj.load("mimo-tiny")
     large_scale(lm)
-    with pytest.raises(
-        BackendError, match=r"experts.*group scales that are too great"
-    ):
+    with pytest.raises(BackendError, match=r"experts.*group scales that are too great"):
         pack_parameters(lm.model, ("triton",))
     lm = mj.load("mimo-tiny")
     large_scale(lm)
