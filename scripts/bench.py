@@ -290,9 +290,9 @@ def main() -> None:
     if args.run == "show":
         result = json.loads(args.file.read_text())
     elif args.run == "kernels":
-        result = bench_kernels.measure(args)
-        device = result["device"].lower().replace(" ", "_")
-        write_result(result, args.out or RESULTS / f"kernels_{device}.json")
+        device = jax.devices()[0].device_kind.lower().replace(" ", "_")
+        out = args.out or RESULTS / f"kernels_{device}.json"
+        result = bench_kernels.measure(args, lambda result: write_result(result, out))
     else:
         result = decode(args)
         write_result(result, args.out or RESULTS / f"decode_{jax.default_backend()}.json")

@@ -50,8 +50,8 @@ class Job:
       program: CALLS calls, jitted.
       args: of it.
       bytes, flops: of one call.
-      check: a jitted call, its arguments, and the result it should have; None if it is the
-        reference itself.
+      check: a jitted call and its arguments, and those that give the float32 result of its tokens
+        0, n, 2 n, ...; None if it is the reference itself.
     """
 
     operation: str
@@ -61,7 +61,7 @@ class Job:
     args: tuple
     bytes: float
     flops: float
-    check: tuple[Any, tuple, jax.Array] | None = None
+    check: tuple[Any, tuple, Any, tuple] | None = None
 
 
 def timed(program: Any, args: tuple, calls: int, groups: int = 5) -> float:
@@ -120,7 +120,7 @@ def mxfp4_array(key: Any, e: int, r: int, c: int) -> MXFP4Array:
 
 def error(got: jax.Array, expected: jax.Array) -> float:
     """Relative error, by norm."""
-    got = got if len(got) == len(expected) else got[:: _stride(len(got))]
+    got = got[:: -(-len(got) // len(expected))]
     difference = jnp.linalg.norm(got.astype(jnp.float32) - expected)
     return float(difference / jnp.linalg.norm(expected))
 
@@ -179,7 +179,8 @@ def moe_jobs(args: argparse.Namespace, names: tuple[str, ...]) -> Iterator[Job]:
                 jax.jit(moe_reference.moe),
                 functools.partial(routed, top_k=case.top_k),
             )
-            expected = _sampled(definition, (x, weights, chosen), packed[0])
+            sample = [a[:: _stride(case.tokens)] for a in (x, weights, chosen)]
+            sample[0] = sample[0].astype(jnp.float32)
             for backend in names:
                 if not supported(moe.IMPLEMENTATIONS, backend, pair):
                     continue
@@ -189,7 +190,10 @@ def moe_jobs(args: argparse.Namespace, names: tuple[str, ...]) -> Iterator[Job]:
                     chain(call, args.sets),
                     (x, (router, bias), held),
                     *(read, flops),
-                    (jax.jit(moe.moe), (x, weights, chosen, *held[0]), expected),
+                    (
+                        *(jax.jit(moe.moe), (x, weights, chosen, *held[0])),
+                        *(definition, (*sample, *packed[0])),
+                    ),
                 )
             if case.tokens <= args.reference_tokens:
                 given = (x, (router, bias), plain)
@@ -197,13 +201,8 @@ def moe_jobs(args: argparse.Namespace, names: tuple[str, ...]) -> Iterator[Job]:
         del packed, plain
 
 
-def _sampled(definition: Any, given: tuple, layer: list) -> jax.Array:
-    """Float32 results of SAMPLE tokens, which `error` compares: all of them take minutes."""
-    x, weights, chosen = (a[:: _stride(len(a))] for a in given)
-    return definition(x.astype(jnp.float32), weights, chosen, *layer)
-
-
 def _stride(rows: int) -> int:
+    """For about SAMPLE tokens: all of them take minutes in float32."""
     return -(-rows // SAMPLE)
 
 
@@ -257,7 +256,6 @@ def matmul_jobs(args: argparse.Namespace, names: tuple[str, ...]) -> Iterator[Jo
             name = f"{case.name} {rows}"
             call = chain(lambda x, _, w: quantized_matmul.quantized_matmul(x, w), sets)
             definition = jax.jit(matmul_reference.quantized_matmul)
-            expected = definition(x.astype(jnp.float32), packed[0])
             for backend in names:
                 if not supported(quantized_matmul.IMPLEMENTATIONS, backend, (x, packed[0])):
                     continue
@@ -268,7 +266,7 @@ def matmul_jobs(args: argparse.Namespace, names: tuple[str, ...]) -> Iterator[Jo
                     call,
                     (x, None, held),
                     *(read, 2.0 * rows * size),
-                    (product, (x, held[0]), expected),
+                    (product, (x, held[0]), definition, (x.astype(jnp.float32), packed[0])),
                 )
             yield Job(
                 *("quantized_matmul", name, "plain XLA"),
@@ -278,12 +276,17 @@ def matmul_jobs(args: argparse.Namespace, names: tuple[str, ...]) -> Iterator[Jo
             )
 
 
-def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Checks, compiles, then times everything; returns what is written as JSON."""
+def measure(args: argparse.Namespace, save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Compiles, then checks and times everything; returns what is written as JSON.
+
+    Args:
+      save: is given what there is after each case.
+    """
     names = tuple(n for n in backends.resolve("auto", Target.of()) if n != REFERENCE)
     result: dict[str, Any] = {"benchmark": "kernels", **circumstances(args)}
     result["ceilings"] = ceilings()
     rows: list[dict[str, Any]] = []
+    result["rows"] = rows
     for jobs in (moe_jobs(args, names), matmul_jobs(args, names)):
         prepared = list(jobs)
         with ThreadPoolExecutor() as pool:
@@ -291,18 +294,23 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         for job, (program, check) in zip(prepared, compiled):
             row = {k: getattr(job, k) for k in ("operation", "case", "backend", "bytes", "flops")}
             if job.check is not None:
+                expected = check[1](*job.check[3])
                 poison()
-                row["error"] = error(check(*job.check[1]), job.check[2])
+                row["error"] = error(check[0](*job.check[1]), expected)
             row["seconds"] = timed(program, job.args, CALLS)
             rows.append(row)
+            save(result)
         del prepared, compiled
-    result["rows"] = rows
     return result
 
 
-def _compiled(job: Job) -> tuple[Any, Any]:
-    check = job.check and job.check[0].lower(*job.check[1]).compile()
-    return job.program.lower(*job.args).compile(), check
+def _compiled(job: Job) -> tuple[Any, tuple]:
+    def compiled(program: Any, args: tuple) -> Any:
+        return program.lower(*args).compile()
+
+    check = job.check or ()
+    pairs = zip(check[0::2], check[1::2])
+    return compiled(job.program, job.args), tuple(compiled(*pair) for pair in pairs)
 
 
 def show(result: dict[str, Any]) -> None:
