@@ -13,6 +13,10 @@ import jax
 # On the CPU wherever the tests run, so that they mean the same everywhere; JAX_PLATFORMS overrides.
 jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS") or "cpu")
 
+# Programs are compiled anew: XLA:CPU (jaxlib 0.11.2) once crashed while it wrote one of hundreds to
+# the cache, and tests leave nothing in the home folder.
+jax.config.update("jax_enable_compilation_cache", False)
+
 # The same examples in every run, and no time limits: a failure is never a matter of luck or load.
 hypothesis.settings.register_profile(
     "mimo_jax", deadline=None, derandomize=True, database=None, max_examples=25

@@ -118,7 +118,7 @@ def test_every_sampling_option_arrives(monkeypatch):
     options = (
         "--model m --chat --max-tokens 5 --temperature 0.5 --top-p 0.9 --top-k 7 --min-p 0.1 "
         "--seed 3 --stop a --stop b --dtype float32 --dequantize --qkv plain --prompt hi "
-        "--mesh tensor=2 --rules throughput --random-weights 4 --layers 2"
+        "--mesh tensor=2 --rules throughput --random-weights 4 --layers 2 --kernels triton"
     )
     result = run("generate", *options.split())
     assert result.exit_code == 0, result.stderr
@@ -132,6 +132,7 @@ def test_every_sampling_option_arrives(monkeypatch):
         "rules": "throughput",
         "random_weights": 4,
         "layers": 2,
+        "kernels": "triton",
         "progress": None,
     }
     assert prompt == [{"role": "user", "content": "hi"}]
