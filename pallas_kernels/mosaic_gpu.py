@@ -17,23 +17,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm
 
-from pallas_kernels.words import TILE_COLUMNS, TILE_ROWS, decode_mxfp4
+from pallas_kernels.words import GROUPS, PTX_PLACE, TILE_COLUMNS, TILE_ROWS, decode_mxfp4
 
-GROUPS = 4  # of 32 columns with a scale of their own, in a tile
 WORDS = TILE_COLUMNS // GROUPS  # a row of a tile
 ROW = plgpu.Layout.WGMMA.reduce(1)
-
-# From two words ($1) and a scale, twice ($2), to two bfloat16 for each of the codes j.
-_DECODE = (
-    "and.b32 t, $1, 0x81C081C0;",
-    "shl.b32 t, $1, 3; and.b32 t, t, 0x81C081C0;",
-    "shl.b32 t, $1, 6; and.b32 t, t, 0x81C081C0;",
-    """.reg .b32 u, v;
-    shl.b32 t, $1, 1; and.b32 t, t, 0x80008000;
-    shr.b32 u, $1, 3; and.b32 u, u, 0x01800180;
-    shr.b32 v, $1, 7; and.b32 v, v, 0x00400040;
-    or.b32 t, t, u; or.b32 t, t, v;""",
-)
 
 
 def words_transforms() -> tuple[Any, ...]:
@@ -96,7 +83,7 @@ def decode(words: Any, scales: Any, codes: range = range(GROUPS), *, interpret: 
             for n, j in enumerate(codes):
                 value = _asm(
                     i32,
-                    f"{{ .reg .b32 t; {_DECODE[j]} mul.rn.bf16x2 $0, t, $2; }}",
+                    f"{{ .reg .b32 t; {PTX_PLACE[j]} mul.rn.bf16x2 $0, t, $2; }}",
                     mgpu.utils.bitcast(register, i32),
                     exponents[row_of(at), j],
                 )

@@ -125,12 +125,6 @@ def accumulate(x: Any, products: Sequence[tuple[Columns, Any, Any, Any]]) -> Non
     jax.lax.fori_loop(0, products[0][1].shape[0], add_chunk, None)
 
 
-def filled(x: Array, rows: int, columns: int) -> Array:
-    """A matrix with zeros up to these sizes."""
-    more = ((0, rows - x.shape[0]), (0, columns - x.shape[1]))
-    return jnp.pad(x, more) if any(n for _, n in more) else x
-
-
 def padded_rows(n: int) -> int:
     """Rows up to whole register tiles."""
     return -(-n // SUBLANES) * SUBLANES

@@ -15,22 +15,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int, UInt16, UInt32
 
-from pallas_kernels.words import MAX_SCALE as MAX_SCALE
-from pallas_kernels.words import TILE_COLUMNS, decode_mxfp4
-
-GROUPS = 4  # of 32 columns with a scale of their own, in a tile
-
-# From two words to two bfloat16 of 2^-126 times the values of their codes j.
-_PLACE = (
-    "and.b32 t, $1, 0x81C081C0;",
-    "shl.b32 t, $1, 3; and.b32 t, t, 0x81C081C0;",
-    "shl.b32 t, $1, 6; and.b32 t, t, 0x81C081C0;",
-    """.reg .b32 u, v;
-    shl.b32 t, $1, 1; and.b32 t, t, 0x80008000;
-    shr.b32 u, $1, 3; and.b32 u, u, 0x01800180;
-    shr.b32 v, $1, 7; and.b32 v, v, 0x00400040;
-    or.b32 t, t, u; or.b32 t, t, v;""",
-)
+from pallas_kernels.words import GROUPS, PTX_PLACE, TILE_COLUMNS, decode_mxfp4
 
 
 def decode(
@@ -45,7 +30,7 @@ def decode(
     pair = jnp.broadcast_to(pair[:, None], words.shape)
     # As a sum with -0, because GPUs before Hopper have no bfloat16 product without one.
     product = " fma.rn.bf16x2 $0, t, $2, zero; }"
-    asm = "{ .reg .b32 t, zero; mov.b32 zero, 0x80008000; " + _PLACE[j] + product
+    asm = "{ .reg .b32 t, zero; mov.b32 zero, 0x80008000; " + PTX_PLACE[j] + product
     # Of the two registers that a pair of scales is, the second holds the same.
     [values] = plt.elementwise_inline_asm(
         asm,

@@ -38,6 +38,18 @@ MAX_SCALE = 128
 # Where a word has the codes 0..3: the sign's bit, and the bits of exponent and mantissa.
 SIGN_BIT = (15, 12, 9, 14)
 E2M1_BITS = ((8, 7, 6), (5, 4, 3), (2, 1, 0), (11, 10, 13))
+GROUPS = 4  # of 32 columns with a scale of their own, in a tile of MXFP4
+# PTX that brings the codes j of two words ($1) to their places in two bfloat16 (t).
+PTX_PLACE = (
+    "and.b32 t, $1, 0x81C081C0;",
+    "shl.b32 t, $1, 3; and.b32 t, t, 0x81C081C0;",
+    "shl.b32 t, $1, 6; and.b32 t, t, 0x81C081C0;",
+    """.reg .b32 u, v;
+    shl.b32 t, $1, 1; and.b32 t, t, 0x80008000;
+    shr.b32 u, $1, 3; and.b32 u, u, 0x01800180;
+    shr.b32 v, $1, 7; and.b32 v, v, 0x00400040;
+    or.b32 t, t, u; or.b32 t, t, v;""",
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import mosaic_tpu
 from pallas_kernels.columns import CHUNK, Columns
+from pallas_kernels.filling import filled
 from pallas_kernels.moe.combine import weighted_sum
 from pallas_kernels.moe.dispatch import group
 
@@ -107,7 +108,7 @@ def moe(
         raise NotImplementedError(reason)
     tokens, dim = x.shape
     blocks = blocks or choose_blocks(tokens, chosen.shape[1], gate, down)
-    x = mosaic_tpu.filled(x, tokens, gate.padded[1])
+    x = filled(x, tokens, gate.padded[1])
     compute = _many if blocks.rows else _few
     y = compute(x, weights.astype(jnp.float32), chosen, gate, up, down, blocks, interpret)
     return y[:, :dim]
@@ -132,7 +133,7 @@ def _few(
     count = picked.any((0, 1)).sum(dtype=jnp.int32)[None]
     mixing = jnp.where(picked, weights[..., None], 0).sum(1)[:, experts].T  # [active, P]
     routed = picked.any(1)[:, experts].T
-    x = mosaic_tpu.filled(x, rows, x.shape[1])
+    x = filled(x, rows, x.shape[1])
     h = _gate_up(experts, count, x[None], gate, up, b, interpret)
     return _mixed_down(experts, count, h, *_as_rows(mixing, routed, rows), down, b, interpret)[
         :tokens

@@ -17,6 +17,7 @@ from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.moe import dispatch
+from pallas_kernels.moe.combine import weighted_sum
 from pallas_kernels.triton import mxfp4_products
 from pallas_kernels.words import TILE_COLUMNS, TILE_ROWS, MXFP4Words
 
@@ -91,10 +92,8 @@ def moe(
     call = functools.partial(_product, groups, tokens=config.tokens, interpret=interpret)
     h = call(x, [gate, up], gathered=True, tiling=config.up)
     y = call(h, [down], gathered=False, tiling=config.down)
-    mine = y.at[groups.row, : down.rows].get(mode="clip").astype(jnp.float32)
-    # Rows of no pair may hold anything.
-    terms = jnp.where(groups.row[..., None] >= 0, weights[..., None] * mine, 0)
-    return terms.sum(axis=1)
+    mine = y.at[groups.row, : down.rows].get(mode="clip")
+    return weighted_sum(mine, weights, chosen, gate)
 
 
 def _product(

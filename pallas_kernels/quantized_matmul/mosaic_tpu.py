@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import mosaic_tpu
 from pallas_kernels.columns import CHUNK, Columns
+from pallas_kernels.filling import filled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +78,7 @@ def quantized_matmul(
     tokens, stacked, rows = x.shape[0], w.ndim == 3, w.shape[-2]
     if not stacked:
         w = jax.tree.map(lambda a: a[None], w)
-    x = mosaic_tpu.filled(x, mosaic_tpu.padded_rows(tokens), w.padded[1])
+    x = filled(x, mosaic_tpu.padded_rows(tokens), w.padded[1])
     product = _product(x, w, blocks or choose_blocks(tokens, w), interpret)
     product = product[:, :tokens, :rows]
     return jnp.swapaxes(product, 0, 1) if stacked else product[0]
