@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -142,9 +143,31 @@ def call(
             f"{operation} with kernels={'/'.join(allowed)} can't do this ({reasons}): load the "
             "model with kernels='auto'"
         )
-    if chosen.backend != REFERENCE:
-        options["interpret"] = is_interpreted()
-    return chosen.call(*args, **options)
+    if chosen.backend == REFERENCE:
+        return chosen.call(*args, **options)
+    options["interpret"] = is_interpreted()
+    return _kernel(operation, chosen.call, tuple(options.items()))(*args)
+
+
+@functools.cache
+def _kernel(
+    operation: str, call: Callable[..., Any], options: tuple[tuple[str, Any], ...]
+) -> Callable[..., Any]:
+    """A kernel's call within jit, so that a model's layers share its trace and its lowering, which
+    take a second or ten; differentiating it is an error."""
+
+    @jax.custom_jvp
+    def kernel(*args: Any) -> Any:
+        return call(*args, **dict(options))
+
+    @kernel.defjvp
+    def _(*_: Any) -> Any:
+        raise NotImplementedError(
+            f"there is no gradient through the kernels of {operation}: load the model with "
+            "kernels='reference' to differentiate it"
+        )
+
+    return jax.jit(kernel)
 
 
 def kernels_of(weights: Any) -> tuple[str, ...]:

@@ -62,9 +62,9 @@ def route(
     Args:
       kernels: backends that may be used; the reference is used where none of them has this.
     """
-    options = {"normalize": normalize, "scale": scale}
+    options = {"top_k": top_k, "normalize": normalize, "scale": scale}
     allowed = (*kernels, REFERENCE)
-    return backends.call("route", ROUTES, allowed, (scores,), scores, bias, top_k, **options)
+    return backends.call("route", ROUTES, allowed, (scores,), scores, bias, **options)
 
 
 def moe(

@@ -63,6 +63,14 @@ SMALL = {
     "small scales": Case(4, 128, 128, 4, 2, scales=(60, 70)),
 }
 
+# More tokens than go without sorting, for the other form of the kernels.
+SORTED = {
+    "sorted": Case(70, 256, 128, 5, 3),
+    "sorted, all to one expert": Case(200, 256, 128, 4, 1, "one"),
+    "sorted, experts elsewhere": Case(65, 256, 128, 7, 3, "elsewhere"),
+    "sorted, off the tile grid": Case(90, 224, 160, 3, 2, scales=(60, 70)),
+}
+
 
 def experts(case: Case, seed: int) -> tuple[MXFP4Array, MXFP4Array, MXFP4Array]:
     """Random gate and up [E, F, D] and down [E, D, F]; a sixteenth of the codes are -0."""

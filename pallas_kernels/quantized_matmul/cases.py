@@ -5,7 +5,14 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-ROWS = (1, 8, 16, 64, 4096, 8192)
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from pallas_kernels.formats import MXFP4_BLOCK, FP8Array, MXFP4Array
+
+ROWS = (1, 16, 4096)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +34,7 @@ class Case:
 
 # MTP blocks have the same attention and feed-forward as the backbone; drafters aren't quantised.
 REAL = (
-    Case("pro-qkv", "fp8", (8, 3392, 6144)),
+    Case("pro-qkv", "fp8", (8, 3392, 6144), (1, 8, 16, 64, 256, 4096, 8192)),
     Case("pro-qkv-quarter", "fp8", (2, 3392, 6144)),
     Case("pro-gate", "fp8", (16384, 6144)),
     Case("pro-gate-quarter", "fp8", (4096, 6144)),
@@ -51,3 +58,24 @@ AWKWARD = (
     Case("stack-mxfp4", "mxfp4", (2, 128, 384), (5, 17)),
     Case("off-tiles-mxfp4", "mxfp4", (70, 96), (3, 130)),
 )
+
+
+def weights(case: Case, seed: int) -> FP8Array | MXFP4Array:
+    """Random weights, whose FP8 codes are finite."""
+    rng = np.random.default_rng(seed)
+    *lead, rows, columns = case.weights
+    if case.format == "mxfp4":
+        codes = rng.integers(0, 256, (*lead, rows, columns // 2), np.uint8)
+        scales = rng.integers(117, 122, (*lead, rows, columns // MXFP4_BLOCK), np.uint8)
+        return MXFP4Array(jnp.asarray(codes), jnp.asarray(scales))
+    bits = rng.integers(0, 256, case.weights, np.uint8)
+    bits[bits & 0x7F == 0x7F] = 0
+    codes = jax.lax.bitcast_convert_type(jnp.asarray(bits), jnp.float8_e4m3fn)
+    scales = rng.uniform(0.01, 0.02, (*lead, -(-rows // 128), -(-columns // 128)))
+    return FP8Array(codes, jnp.asarray(scales, jnp.float32))
+
+
+def activations(case: Case, rows: int, seed: int) -> Float[Array, "T D"]:
+    """Random activations, bfloat16."""
+    rng = np.random.default_rng(seed + rows)
+    return jnp.asarray(rng.standard_normal((rows, case.weights[-1])), jnp.bfloat16)

@@ -1,3 +1,4 @@
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -55,17 +56,25 @@ def only_small(x):
     return None if x < 10 else f"{x} is too large"
 
 
-SMALL = Implementation("triton", only_small, lambda x, interpret: ("small", x, interpret))
-ANY = Implementation("reference", lambda x: None, lambda x: ("any", x))
+SMALL = Implementation("triton", only_small, lambda x, interpret: x + (0.5 if interpret else 0.25))
+ANY = Implementation("reference", lambda x: None, lambda x: x)
 
 
 def test_the_first_that_can_is_called():
     call = backends.call
-    assert call("op", (SMALL, ANY), ("triton", "reference"), (3,), 3) == ("small", 3, False)
-    assert call("op", (SMALL, ANY), ("triton", "reference"), (30,), 30) == ("any", 30)
-    assert call("op", (SMALL, ANY), ("reference",), (3,), 3) == ("any", 3)
+    assert call("op", (SMALL, ANY), ("triton", "reference"), (3,), 3) == 3.25
+    assert call("op", (SMALL, ANY), ("triton", "reference"), (30,), 30) == 30
+    assert call("op", (SMALL, ANY), ("reference",), (3,), 3) == 3
     with backends.interpreted():
-        assert call("op", (SMALL, ANY), ("triton",), (3,), 3) == ("small", 3, True)
+        assert call("op", (SMALL, ANY), ("triton",), (3,), 3) == 3.5
+
+
+def test_kernels_have_no_gradient():
+    def f(x):
+        return backends.call("op", (SMALL, ANY), ("triton",), (3,), x)
+
+    with pytest.raises(NotImplementedError, match=r"no gradient through the kernels of op: load"):
+        jax.grad(f)(1.0)
 
 
 def test_an_explicit_choice_never_falls_back():
