@@ -8,11 +8,12 @@ from typing import Any
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import backends
-from pallas_kernels.backends import REFERENCE, Implementation
+from pallas_kernels.backends import NAMES, REFERENCE, Implementation
 from pallas_kernels.moe import (
     mosaic_gpu,
     mosaic_tpu,
     reference,
+    split_scores,
     triton,
     triton_many,
     triton_route,
@@ -29,6 +30,7 @@ IMPLEMENTATIONS = (
 )
 SCORES = (
     Implementation("triton", triton_scores.unsupported, triton_scores.scores),
+    *(Implementation(name, split_scores.unsupported, split_scores.scores) for name in NAMES),
     Implementation(REFERENCE, lambda *_: None, reference.scores),
 )
 ROUTES = (

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -26,6 +27,7 @@ from pallas_kernels.words import TILE_COLUMNS, TILE_ROWS, MXFP4Words
 
 MAX_TOKENS = 64
 COLUMNS = 8  # tokens a program: the narrowest matrix instruction
+ANYWHERE = pl.BlockSpec(memory_space=pl.ANY)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,15 +50,20 @@ class Tiling:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Tiling of both products: gate with up, and down."""
+    """Tiling of both products: gate with up, and down.
+
+    Attributes:
+      together: in one kernel, where down's programs start as up's end; neither product is split
+        then, and both have the stages and warps of `up`.
+    """
 
     up: Tiling
     down: Tiling
+    together: bool = False
 
 
-def configure(tokens: int, width: int, dim: int) -> Config:
+def configure(tokens: int, width: int) -> Config:
     """What was fastest on an H100 (benchmarks/LOG.md)."""
-    del dim
     down = Tiling(warps=2)
     if width >= 1024:
         return Config(Tiling(stages=5), down)
@@ -86,7 +93,7 @@ def moe(
     config: Config | None = None,
     interpret: bool = False,
 ) -> Float[Array, "P D"]:
-    """`reference.moe` in two kernels and a weighted sum.
+    """`reference.moe` in one or two kernels and a weighted sum.
 
     Raises:
       NotImplementedError: with the reason, if it can't.
@@ -95,16 +102,17 @@ def moe(
         raise NotImplementedError(reason)
     tokens, top_k = chosen.shape
     width, dim = gate.padded
-    config = config or configure(tokens, width, dim)
+    config = config or configure(tokens, width)
     x = jnp.pad(x, ((0, 0), (0, dim - x.shape[1]))) if dim > x.shape[1] else x
     pairs = tokens * top_k
     filled = pl.next_power_of_2(pairs)
     expert = jnp.pad(chosen.reshape(-1), (0, filled - pairs), constant_values=-1)
-    call = functools.partial(
-        _product, expert, pairs=pairs, one_token=tokens == 1, interpret=interpret
-    )
-    h = call(x, [gate, up], per_row=top_k, tiling=config.up)
-    y = call(h, [down], per_row=1, tiling=config.down)
+    common = {"one_token": tokens == 1, "interpret": interpret}
+    if config.together:
+        y = _both_products(expert, x, gate, up, down, pairs, config, common)
+    else:
+        h = _product(expert, x, [gate, up], pairs, config.up, common)
+        y = _product(expert, h, [down], pairs, config.down, common)
     return weighted_sum(y.reshape(tokens, top_k, -1)[..., : down.rows], weights, chosen, gate)
 
 
@@ -112,46 +120,126 @@ def _product(
     expert: Int[Array, " R"],
     x: Float[Array, "N C"],
     stacks: list[MXFP4Words],
-    *,
     pairs: int,
-    per_row: int,
-    one_token: bool,
     tiling: Tiling,
-    interpret: bool,
+    common: dict[str, Any],
 ) -> Float[Array, "pairs F"]:
-    """For each pair its expert's product with row pair // per_row of x: with one stack of weights,
-    or silu of the product with the first times that with the second."""
+    """For each pair its expert's product with its row of x (a token's pairs may share one), or with
+    two stacks of weights silu of the product with the first times that with the second."""
     n_rows, n_columns = stacks[0].padded
-    n_experts = stacks[0].words.shape[0]
     splits = math.gcd(tiling.splits, n_columns // TILE_COLUMNS)
-    steps = n_columns // TILE_COLUMNS // splits
-    kernel = functools.partial(
-        _kernel,
-        n_experts=n_experts,
-        per_row=per_row,
-        one_token=one_token,
-        steps=steps,
-        tiling=dataclasses.replace(tiling, splits=splits, unroll=math.gcd(tiling.unroll, steps)),
-        interpret=interpret,
-    )
-    arrays = [a for s in stacks for a in (s.words, s.scales)]
-    anywhere = pl.BlockSpec(memory_space=pl.ANY)
-    out = jax.ShapeDtypeStruct((1, 1, pairs, n_rows), jnp.bfloat16)
+    arrays = _arrays(stacks)
+    out = jax.ShapeDtypeStruct((pairs, n_rows), jnp.bfloat16)
     if splits > 1:
         out = jax.ShapeDtypeStruct((splits, len(stacks), pairs, n_rows), jnp.float32)
+
+    def kernel(expert_ref: Any, x_ref: Any, *refs: Any) -> None:
+        row_tile, pair, split = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+        mine = _Pair(expert_ref, pair, stacks[0].words.shape[0], **common)
+
+        @pl.when(mine.leads)
+        def work() -> None:
+            per_row = pairs // len(x)
+            mine.multiply(
+                x_ref, refs[:-1], refs[-1], row_tile, tiling, per_row=per_row, split=split
+            )
+
     y = pl.pallas_call(
         kernel,
         out_shape=out,
         grid=(n_rows // tiling.rows, pairs, splits),
-        in_specs=[anywhere] * (2 + len(arrays)),
-        out_specs=anywhere,
+        in_specs=[ANYWHERE] * (2 + len(arrays)),
+        out_specs=ANYWHERE,
         compiler_params=plt.CompilerParams(num_warps=tiling.warps, num_stages=tiling.stages),
-        interpret=interpret,
+        interpret=common["interpret"],
         name="moe_up" if len(stacks) == 2 else "moe_down",
     )(expert, x, *arrays)
     if splits == 1:
-        return y[0, 0]
+        return y
     return _joined(list(y.sum(axis=0))).astype(jnp.bfloat16)
+
+
+def _both_products(
+    expert: Int[Array, " R"],
+    x: Float[Array, "N C"],
+    gate: MXFP4Words,
+    up: MXFP4Words,
+    down: MXFP4Words,
+    pairs: int,
+    config: Config,
+    common: dict[str, Any],
+) -> Float[Array, "pairs F"]:
+    """`_product` with gate and up, and of that with down.
+
+    Programs take their work in order, first all of up's and then down's, and one of down's waits
+    until all of up's that it depends on have counted up.  Those were taken before it, so whatever
+    order programs are started in, it waits for programs that run.
+    """
+    width, dim = gate.padded
+    up_tiles, down_tiles = width // config.up.rows, dim // config.down.rows
+    of_up = pairs * up_tiles
+    arrays = _arrays([gate, up, down])
+    interpret = common["interpret"]
+
+    def kernel(expert_ref: Any, x_ref: Any, *refs: Any) -> None:
+        *stacks, _, count_ref, h_ref, y_ref = refs
+        item = _add(count_ref, jnp.int32(pairs), 1, interpret)
+        is_up = item < of_up
+        item = jnp.where(is_up, item, item - of_up)
+        pair = jnp.where(is_up, item // up_tiles, item // down_tiles)
+        row_tile = jnp.where(is_up, item % up_tiles, item % down_tiles)
+        mine = _Pair(expert_ref, pair, gate.words.shape[0], **common)
+
+        @pl.when(mine.leads & is_up)
+        def multiply_up() -> None:
+            mine.multiply(x_ref, stacks[:4], h_ref, row_tile, config.up, per_row=pairs // len(x))
+            _barrier(interpret)  # before one thread says that all have stored
+            _add(count_ref, pair, 1, interpret)
+
+        @pl.when(mine.leads & jnp.logical_not(is_up))
+        def multiply_down() -> None:
+            if not interpret:  # which runs one program after the other
+                count = functools.partial(_add, count_ref, pair, 0, interpret)
+                jax.lax.while_loop(lambda n: n < up_tiles, lambda _: count(), count())
+            _barrier(interpret)
+            mine.multiply(h_ref, stacks[4:], y_ref, row_tile, config.down, per_row=1)
+
+    counts = jnp.zeros(pairs + 1, jnp.int32)  # tiles of up a pair, and items taken
+    _, _, y = pl.pallas_call(
+        kernel,
+        out_shape=(
+            jax.ShapeDtypeStruct(counts.shape, counts.dtype),
+            jax.ShapeDtypeStruct((pairs, width), jnp.bfloat16),
+            jax.ShapeDtypeStruct((pairs, dim), jnp.bfloat16),
+        ),
+        grid=(of_up + pairs * down_tiles,),
+        in_specs=[ANYWHERE] * (3 + len(arrays)),
+        out_specs=(ANYWHERE,) * 3,
+        input_output_aliases={2 + len(arrays): 0},
+        compiler_params=plt.CompilerParams(num_warps=config.up.warps, num_stages=config.up.stages),
+        interpret=interpret,
+        name="moe_up_down",
+    )(expert, x, *arrays, counts)
+    return y
+
+
+def _arrays(stacks: list[MXFP4Words]) -> list[Array]:
+    return [a for s in stacks for a in (s.words, s.scales)]
+
+
+def _add(ref: Any, at: Any, n: int, interpret: bool) -> Int[Array, ""]:
+    """Adds to a number in memory and returns what it was; other programs see what the calling
+    thread has stored before, and it sees what they have."""
+    if not interpret:
+        return plt.atomic_add(ref, (at,), jnp.int32(n))
+    before = ref[at]
+    ref[at] = before + n
+    return before
+
+
+def _barrier(interpret: bool) -> None:
+    if not interpret:
+        plt.debug_barrier()
 
 
 def _joined(products: list[Array]) -> Array:
@@ -162,41 +250,76 @@ def _joined(products: list[Array]) -> Array:
     return gate * jax.nn.sigmoid(gate) * up
 
 
-def _kernel(
-    expert_ref: Any,
-    x_ref: Any,
-    *refs: Any,
-    n_experts: int,
-    per_row: int,
-    one_token: bool,
-    steps: int,
-    tiling: Tiling,
-    interpret: bool,
-) -> None:
-    *stacks, out_ref = refs
-    row_tile, pair, split = pl.program_id(0), pl.program_id(1), pl.program_id(2)
-    mine = plt.load(expert_ref.at[pair])
-    same = plt.load(expert_ref.at[:]) == mine
-    index = jnp.arange(same.shape[0])
-    earlier = jnp.zeros((), jnp.int32)
-    if not one_token:  # which has its experts to itself
-        earlier = jnp.sum((same & (index < pair)).astype(jnp.int32))
+@dataclasses.dataclass
+class _Pair:
+    """In a kernel: a pair, and the others with its expert.
 
-    @pl.when((mine >= 0) & (mine < n_experts) & (earlier % COLUMNS == 0))
-    def work() -> None:
-        if one_token:
-            first_column = jnp.arange(COLUMNS) == 0
-            columns, valid = jnp.where(first_column, pair, 0), first_column[None, :]
-        else:
-            columns, valid = _columns(same, index, earlier)
-        token = columns // per_row
+    Attributes:
+      expert_ref: experts of all pairs.
+      pair: which it is.
+      n_experts: of the stacks of weights.
+      one_token: there is only one, which has its experts to itself.
+      interpret: the kernel is interpreted.
+    """
+
+    expert_ref: Any
+    pair: Int[Array, ""]
+    n_experts: int
+    one_token: bool
+    interpret: bool
+
+    def __post_init__(self) -> None:
+        self.expert = plt.load(self.expert_ref.at[self.pair])
+        self.same = plt.load(self.expert_ref.at[:]) == self.expert
+        self.index = jnp.arange(self.same.shape[0])
+        self.earlier = jnp.zeros((), jnp.int32)
+        if not self.one_token:
+            self.earlier = jnp.sum((self.same & (self.index < self.pair)).astype(jnp.int32))
+        here = (self.expert >= 0) & (self.expert < self.n_experts)
+        self.leads = here & (self.earlier % COLUMNS == 0)
+
+    def columns(self) -> tuple[Int[Array, " 8"], Bool[Array, "1 8"]]:
+        """The pairs it works on, and which of the columns there are."""
+        column = jnp.arange(COLUMNS)
+        if self.one_token:
+            return jnp.where(column == 0, self.pair, 0), (column == 0)[None, :]
+        rank = jnp.cumsum(self.same.astype(jnp.int32)) - 1 - self.earlier
+        hit = self.same[:, None] & (rank[:, None] == column[None, :])
+        pair = jnp.sum(jnp.where(hit, self.index[:, None], 0), axis=0)
+        there = jnp.sum(hit.astype(jnp.int32), axis=0) > 0
+        return pair, there[None, :]
+
+    def multiply(
+        self,
+        x_ref: Any,
+        stacks: Sequence[Any],
+        out_ref: Any,
+        row_tile: Any,
+        tiling: Tiling,
+        *,
+        per_row: int,
+        split: Any = 0,
+    ) -> None:
+        """Stores a tile of rows of the product for its pairs.
+
+        Args:
+          x_ref: tokens [P, C], or pairs.
+          stacks: words and scales of the weights, of gate and up or of down.
+          out_ref: [pairs, F]; or [splits, stacks, pairs, F], for sums of some columns.
+          row_tile, tiling, split: which part to do.
+          per_row: pairs a row of x.
+        """
+        columns, valid = self.columns()
+        rows = columns // per_row
+        splits = out_ref.shape[0] if len(out_ref.shape) == 4 else 1
+        steps = stacks[0].shape[2] // splits
 
         def tile(words: Any, scales: Any, row: Any) -> tuple[Any, Any]:
             which, within = row // TILE_ROWS, row % TILE_ROWS
-            rows = pl.ds(within, min(tiling.rows, TILE_ROWS))
+            part = pl.ds(within, min(tiling.rows, TILE_ROWS))
             return (
-                lambda at: words.at[mine, which, first_step + at, rows, :],
-                lambda at: scales.at[mine, which, first_step + at, rows],
+                lambda at: words.at[self.expert, which, first_step + at, part, :],
+                lambda at: scales.at[self.expert, which, first_step + at, part],
             )
 
         first, first_step = row_tile * tiling.rows, split * steps
@@ -204,31 +327,20 @@ def _kernel(
         pairs_of_refs = list(zip(stacks[0::2], stacks[1::2]))
         products = mxfp4_products(
             [tile(words, scales, row) for words, scales in pairs_of_refs for row in starts],
-            lambda at: plt.load(x_ref.at[token[None, :], first_step * TILE_COLUMNS + at[:, None]]),
+            lambda at: plt.load(x_ref.at[rows[None, :], first_step * TILE_COLUMNS + at[:, None]]),
             rows=min(tiling.rows, TILE_ROWS),
             tokens=COLUMNS,
             steps=steps,
-            unroll=tiling.unroll,
-            interpret=interpret,
+            unroll=math.gcd(tiling.unroll, steps),
+            interpret=self.interpret,
         )
         # Beyond the end where there is no pair: the interpreter writes there, masked or not.
-        to = jnp.where(valid, columns[None, :], out_ref.shape[2])
+        to = jnp.where(valid, columns[None, :], out_ref.shape[-2])
         stacked = [products[i : i + len(starts)] for i in range(0, len(products), len(starts))]
-        if tiling.splits == 1:
+        if splits == 1:
             stacked = [[_joined(list(parts)) for parts in zip(*stacked)]]
         for which, parts in enumerate(stacked):
             for row, y in zip(starts, parts):
-                into = out_ref.at[split, which, to, row + jnp.arange(y.shape[0])[:, None]]
+                at = (to, row + jnp.arange(y.shape[0])[:, None])
+                into = out_ref.at[at if splits == 1 else (split, which, *at)]
                 plt.store(into, y.astype(out_ref.dtype), mask=jnp.broadcast_to(valid, y.shape))
-
-
-def _columns(
-    same: Bool[Array, " R"], index: Int[Array, " R"], first: Int[Array, ""]
-) -> tuple[Int[Array, " 8"], Bool[Array, "1 8"]]:
-    """Of the pairs with the same expert those of rank first .. first + 7, and which there are."""
-    rank = jnp.cumsum(same.astype(jnp.int32)) - 1 - first
-    column = jnp.arange(COLUMNS)
-    hit = same[:, None] & (rank[:, None] == column[None, :])
-    pair = jnp.sum(jnp.where(hit, index[:, None], 0), axis=0)
-    there = jnp.sum(hit.astype(jnp.int32), axis=0) > 0
-    return pair, there[None, :]

@@ -1,5 +1,7 @@
 """The Triton kernels at the models' sizes compile for Hopper, and no register spills."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -28,19 +30,27 @@ def fp8(*shape: int) -> words.FP8Words:
     return jax.eval_shape(words.pack, FP8Array(ShapeDtype(shape, jnp.float8_e4m3fn), scales))
 
 
-@pytest.mark.parametrize("name", moe_cases.REAL)
-def test_moe(name):
-    case = moe_cases.REAL[name]
+def moe_arguments(case: moe_cases.Case) -> tuple:
     e, f, d = case.experts, case.width, case.dim
-    form = triton if case.tokens <= triton.MAX_TOKENS else triton_many
-    targets.compile(
-        targets.HOPPER,
-        lambda *args: form.moe(*args),
+    return (
         ShapeDtype((case.tokens, d), jnp.bfloat16),
         ShapeDtype((case.tokens, case.top_k), jnp.float32),
         ShapeDtype((case.tokens, case.top_k), jnp.int32),
         *(mxfp4(e, f, d), mxfp4(e, f, d), mxfp4(e, d, f)),
     )
+
+
+@pytest.mark.parametrize("name", moe_cases.REAL)
+def test_moe(name):
+    case = moe_cases.REAL[name]
+    form = triton if case.tokens <= triton.MAX_TOKENS else triton_many
+    targets.compile(targets.HOPPER, form.moe, *moe_arguments(case))
+
+
+def test_moe_in_one_kernel():
+    config = triton.Config(triton.Tiling(), triton.Tiling(), together=True)
+    moe = functools.partial(triton.moe, config=config)
+    targets.compile(targets.HOPPER, moe, *moe_arguments(moe_cases.REAL["pro 8"]))
 
 
 @pytest.mark.parametrize("tokens", [1, 8])

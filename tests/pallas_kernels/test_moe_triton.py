@@ -48,6 +48,15 @@ def test_tilings_agree(tiling):
     np.testing.assert_array_equal(triton.moe(*given, *stacks, config=wide, interpret=True), got)
 
 
+@pytest.mark.parametrize("name", ["one token", "a few", "all to one expert", "experts elsewhere"])
+def test_both_products_in_one_kernel(name):
+    case = cases.SMALL[name]
+    stacks, given = tuple(map(pack, cases.experts(case, 3))), cases.tokens(case, 4)
+    config = Config(Tiling(), Tiling(rows=32), together=True)
+    got = triton.moe(*given, *stacks, config=config, interpret=True)
+    np.testing.assert_array_equal(got, triton.moe(*given, *stacks, interpret=True))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

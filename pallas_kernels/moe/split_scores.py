@@ -1,0 +1,51 @@
+"""Router scores of many tokens: a float32 product at the rate of bfloat16's matrix instructions.
+
+bfloat16 activations times a float32 router, exactly: a float32 number is the sum of three bfloat16
+numbers, and products of two bfloat16 numbers are float32 numbers.  Only the order of the additions
+is another than in XLA's float32 product, which GPUs do without matrix units and TPUs in six passes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+def unsupported(x: Any, router: Any) -> str | None:
+    """Why this can't do a case; None if it can."""
+    del router
+    return None if x.dtype == jnp.bfloat16 else f"activations are {x.dtype} and not bfloat16"
+
+
+def scores(
+    x: Float[Array, "P D"], router: Float[Array, "E D"], *, interpret: bool = False
+) -> Float[Array, "P E"]:
+    """`reference.scores`.
+
+    Raises:
+      NotImplementedError: with the reason, if it can't.
+    """
+    del interpret  # nothing to interpret
+    if reason := unsupported(x, router):
+        raise NotImplementedError(reason)
+    parts = thirds(router.astype(jnp.float32))
+    products = jnp.einsum("pd,ed->pe", x, parts, preferred_element_type=jnp.float32)
+    first, second, third = jnp.split(products, 3, axis=1)
+    return jax.nn.sigmoid(first + (second + third))
+
+
+def thirds(w: Float[Array, "E D"]) -> Float[Array, "3*E D"]:
+    """Three bfloat16 arrays, one above the other, whose sum is a float32 array.
+
+    Exactly, but for numbers below 2^-102, whose last part may be no normal number.
+    """
+    parts = []
+    for _ in range(3):
+        # Not a cast and a cast back, which XLA leaves out.
+        part = jax.lax.reduce_precision(w, exponent_bits=8, mantissa_bits=7)
+        parts.append(part.astype(jnp.bfloat16))
+        w = w - part
+    return jnp.concatenate(parts)

@@ -1,0 +1,128 @@
+"""Writes the tables of kernels in README.md and benchmarks/README.md from benchmarks/results.
+
+    python scripts/tables.py            # after `bench.py kernels`
+    python scripts/tables.py --check    # are they as the results say?
+
+A table stands between the lines `<!-- table: NAME FILE ... -->` and `<!-- end of table -->`, where
+NAME is one of TABLES and FILE a result.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+DOCUMENTS = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
+BLOCK = re.compile(r"(<!-- table: (\S+)((?: \S+)*) -->\n)(.*?)(<!-- end of table -->)", re.DOTALL)
+PLAIN = "plain XLA"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown, its first column to the left and all others to the right."""
+    lines = [header, ["---", *["--:"] * (len(header) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def duration(seconds: float) -> str:
+    """A time in us, or in ms from ten on."""
+    us = seconds * 1e6
+    return f"{us / 1e3:.1f} ms" if us >= 1e4 else f"{us:.0f} us" if us >= 100 else f"{us:.1f} us"
+
+
+def by_case(result: dict[str, Any], operation: str) -> dict[str, dict[str, dict[str, Any]]]:
+    """Rows of an operation, by case and backend."""
+    cases: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in result["rows"]:
+        if row["operation"] == operation:
+            cases.setdefault(row["case"], {})[row["backend"]] = row
+    return cases
+
+
+def kernels(result: dict[str, Any], operation: str) -> str:
+    """Every case of an operation: each backend's time, and what the fastest makes of the device."""
+    cases = by_case(result, operation)
+    backends = sorted({b for rows in cases.values() for b in rows}, key=lambda b: (b == PLAIN, b))
+    limits = result["ceilings"]
+    lines = []
+    for case, rows in cases.items():
+        ours = [row for backend, row in rows.items() if backend != PLAIN]
+        best = min(ours, key=lambda row: row["seconds"])
+        bytes_s, flops_s = best["bytes"] / best["seconds"], best["flops"] / best["seconds"]
+        lines.append(
+            [
+                case,
+                *(duration(rows[b]["seconds"]) if b in rows else "" for b in backends),
+                f"{bytes_s / 1e12:.2f} ({bytes_s / limits['copy_bytes_s']:.0%})",
+                f"{flops_s / 1e12:.0f} ({flops_s / limits['matmul_flops_s']:.0%})",
+                f"{max(row['error'] for row in ours):.1e}",
+            ]
+        )
+    header = ["case", *backends, "TB/s (of a copy)", "TFLOP/s (of 8192³)", "error"]
+    return table(header, lines)
+
+
+def highlights(result: dict[str, Any]) -> str:
+    """The experts of Pro, few and many tokens, beside plain XLA."""
+    lines = []
+    for case, rows in by_case(result, "moe").items():
+        model, tokens = case.split()
+        if model != "pro":
+            continue
+        name, best = min(
+            ((b, row) for b, row in rows.items() if b != PLAIN), key=lambda item: item[1]["seconds"]
+        )
+        plain = rows.get(PLAIN)
+        lines.append(
+            [
+                tokens,
+                duration(best["seconds"]),
+                name,
+                f"{best['bytes'] / best['seconds'] / result['ceilings']['copy_bytes_s']:.0%}",
+                f"{best['flops'] / best['seconds'] / 1e12:.0f}",
+                f"{plain['seconds'] / best['seconds']:.0f}" if plain else "",
+            ]
+        )
+    header = ["tokens", "time", "kernels", "of a copy's bytes/s", "TFLOP/s"]
+    return table([*header, "times as fast as plain XLA"], lines)
+
+
+TABLES: dict[str, Callable[..., str]] = {
+    "moe": lambda result: kernels(result, "moe"),
+    "quantized_matmul": lambda result: kernels(result, "quantized_matmul"),
+    "highlights": highlights,
+}
+
+
+def written(text: str) -> str:
+    """A document with its tables anew."""
+
+    def block(found: re.Match[str]) -> str:
+        begin, name, files, _, end = found.groups()
+        results = [json.loads((RESULTS / file).read_text()) for file in files.split()]
+        return begin + TABLES[name](*results) + end
+
+    return BLOCK.sub(block, text)
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if one is old")
+    args = parser.parse_args()
+    for document in DOCUMENTS:
+        text = document.read_text()
+        new = written(text)
+        if args.check and new != text:
+            sys.exit(f"{document.relative_to(ROOT)} is not as the results say: run {__file__}")
+        document.write_text(new)
+
+
+if __name__ == "__main__":
+    main()
