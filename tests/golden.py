@@ -137,4 +137,4 @@ def _step(
 # The compiled model step, shared by all tests.  Compiling is most of what they cost, and without
 # LLVM's optimiser it takes half the time: `step` is for the many shapes of cached runs.
 step = jax.jit(_step, compiler_options={"xla_backend_optimization_level": 0})
-optimized_step = jax.jit(_step)
+optimized_step = jax.jit(_step, compiler_options={"xla_backend_optimization_level": 3})

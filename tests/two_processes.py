@@ -61,7 +61,7 @@ def run_in_processes(
     """
     common = {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}",
         "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]),
         "JAX_COORDINATOR_ADDRESS": f"localhost:{_free_port()}",
         "JAX_NUM_PROCESSES": str(processes),

@@ -1,29 +1,33 @@
 """Rows sorted by expert, and the map of tiles."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels.moe.dispatch import group, sizes
+from pallas_kernels.moe.dispatch import BLOCK, group, sizes
 
+# Tokens, experts of each, and experts: few, since each shape is compiled for each of the widths.
+SHAPES = ((1, 1, 1), (1, 4, 12), (9, 2, 3), (BLOCK // 4, 4, 12), (BLOCK // 3 + 1, 3, 5), (150, 4, 7))
 WIDTHS = ((8,), (8, 16, 24), (16, 32, 64), (8, 128))
+grouped = jax.jit(group, static_argnums=(1, 2))
 
 
 @st.composite
 def routings(draw):
-    n_experts, top_k = draw(st.integers(1, 12)), draw(st.integers(1, 4))
-    tokens = draw(st.integers(1, 150))
+    tokens, top_k, n_experts = draw(st.sampled_from(SHAPES))
     # Few numbers, so that groups are large and experts idle; some experts are elsewhere.
     low, high = sorted((draw(st.integers(-2, n_experts)), draw(st.integers(-2, n_experts))))
     rng = np.random.default_rng(draw(st.integers(0, 2**16)))
     return rng.integers(low, high + 1, (tokens, top_k)).astype(np.int32), n_experts
 
 
+@settings(max_examples=100)
 @given(routings(), st.sampled_from(WIDTHS))
 def test_rows_and_tiles(routing, widths):
     chosen, n_experts = routing
-    groups = group(jnp.asarray(chosen), n_experts, widths)
+    groups = grouped(jnp.asarray(chosen), n_experts, widths)
     here = (chosen >= 0) & (chosen < n_experts)
     row, token = np.asarray(groups.row), np.asarray(groups.token)
     assert (row[~here] == -1).all()
@@ -44,10 +48,11 @@ def test_rows_and_tiles(routing, widths):
     np.testing.assert_array_equal(expert_of_row[row[here]], chosen[here])
 
 
+@settings(max_examples=100)
 @given(routings(), st.sampled_from(WIDTHS))
 def test_few_rows_are_padding(routing, widths):
     chosen, n_experts = routing
-    groups = group(jnp.asarray(chosen), n_experts, widths)
+    groups = grouped(jnp.asarray(chosen), n_experts, widths)
     gap = max(b - a for a, b in zip((0, *widths), widths))
     pairs = int(((chosen >= 0) & (chosen < n_experts)).sum())
     assert int(groups.rows[0]) <= pairs + gap * int(groups.tiles[0])
