@@ -20,13 +20,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from pallas_kernels.filling import cropped, filled, up
+from pallas_kernels.filling import Repacked, cropped, filled, up
 from pallas_kernels.formats import FP8_BLOCK, MXFP4_BLOCK, FP8Array, MXFP4Array
 from pallas_kernels.words import E2M1_BITS, SIGN_BIT
 
@@ -42,56 +41,13 @@ SCALE_SHIFT = 2
 MAX_SCALE = 252
 
 
-@dataclasses.dataclass(frozen=True)
-class _Columns:
-    """What both formats have.
+class _Columns(Repacked):
+    """What both formats have: words [..., chunks, sublanes, R] and scales [..., chunks, 2, R]."""
 
-    Attributes:
-      words: [..., chunks, sublanes, R].
-      scales: [..., chunks, 2, R]; see the formats.
-      rows, columns: of the matrix that was packed; on a mesh, of each device's part of it.
-      kernels: the backends that may be used (`pallas_kernels.backends.resolve`).
-    """
-
-    # Of the array of words, those that rows and columns are cut along.
-    ROW_AXIS: ClassVar[int] = -1
-    COLUMN_AXIS: ClassVar[int] = -3
-
-    words: Any
-    scales: Any
-    rows: int
-    columns: int
-    kernels: tuple[str, ...] = ()
-
-    @property
-    def padded(self) -> tuple[int, int]:
-        """Rows and columns that are stored."""
-        return self.words.shape[-1], self.words.shape[-3] * CHUNK
-
-    @property
-    def parts(self) -> tuple[int, int]:
-        """Into how many parts the rows and the columns were cut before they were packed."""
-        r, c = self.padded
-        return r // up(self.rows, self._row_unit), c // up(self.columns, CHUNK)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the matrix that is represented."""
-        rows, columns = self.parts
-        return (*self.words.shape[:-3], self.rows * rows, self.columns * columns)
-
-    def with_arrays(self, words: Any, scales: Any) -> Any:
-        """The same with other things in the place of the arrays."""
-        return dataclasses.replace(self, words=words, scales=scales)
-
-    @property
-    def ndim(self) -> int:
-        """Number of dimensions of the matrix that is represented."""
-        return len(self.words.shape) - 1
-
-    @property
-    def _row_unit(self) -> int:
-        return FP8_ROWS
+    MATRIX_AXES = 3
+    ROW_AXIS = -1
+    COLUMN_AXIS = -3
+    PER_ENTRY = (1, CHUNK)
 
 
 @functools.partial(
@@ -112,11 +68,9 @@ class MXFP4Columns(_Columns):
       native: codes are e2m1, and scale bytes those of the checkpoint.
     """
 
-    native: bool = False
+    UNITS = (MXFP4_ROWS, CHUNK)
 
-    @property
-    def _row_unit(self) -> int:
-        return MXFP4_ROWS
+    native: bool = False
 
 
 @functools.partial(
@@ -131,6 +85,8 @@ class FP8Columns(_Columns):
     Attributes:
       scales: float32 [..., ceil(C/256), 2, R], those of the checkpoint, repeated for each row.
     """
+
+    UNITS = (FP8_ROWS, CHUNK)
 
 
 Columns = MXFP4Columns | FP8Columns

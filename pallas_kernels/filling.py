@@ -2,8 +2,66 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any, ClassVar
+
 import jax.numpy as jnp
 from jaxtyping import Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Repacked:
+    """A quantised matrix (or stack) in an order that kernels want, filled up to whole tiles.
+
+    Attributes:
+      words: the codes; see the formats.
+      scales: see the formats.
+      rows, columns: of the matrix that was packed; on a mesh, of each device's part of it.
+      kernels: the backends that may be used (`pallas_kernels.backends.resolve`).
+    """
+
+    # Of `words`: how many of the last axes are a matrix; those that rows and columns are cut along;
+    # how many of them an entry stands for.
+    MATRIX_AXES: ClassVar[int]
+    ROW_AXIS: ClassVar[int]
+    COLUMN_AXIS: ClassVar[int]
+    PER_ENTRY: ClassVar[tuple[int, int]]
+    # What rows and columns are filled to multiples of.
+    UNITS: ClassVar[tuple[int, int]]
+
+    words: Any
+    scales: Any
+    rows: int
+    columns: int
+    kernels: tuple[str, ...] = ()
+
+    @property
+    def padded(self) -> tuple[int, int]:
+        """Rows and columns that are stored."""
+        shape, (rows, columns) = self.words.shape, self.PER_ENTRY
+        return shape[self.ROW_AXIS] * rows, shape[self.COLUMN_AXIS] * columns
+
+    @property
+    def parts(self) -> tuple[int, int]:
+        """Into how many parts the rows and the columns were cut before they were packed."""
+        (r, c), (row_unit, column_unit) = self.padded, self.UNITS
+        return r // up(self.rows, row_unit), c // up(self.columns, column_unit)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the matrix that is represented."""
+        rows, columns = self.parts
+        lead = self.words.shape[: -self.MATRIX_AXES]
+        return (*lead, rows * self.rows, columns * self.columns)
+
+    @property
+    def ndim(self) -> int:
+        """Number of dimensions of the matrix that is represented."""
+        return len(self.words.shape) - self.MATRIX_AXES + 2
+
+    def with_arrays(self, words: Any, scales: Any) -> Any:
+        """The same with other things in the place of the arrays."""
+        return dataclasses.replace(self, words=words, scales=scales)
 
 
 def up(n: int, unit: int) -> int:

@@ -19,13 +19,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8, UInt16, UInt32
 
-from pallas_kernels.filling import cropped, filled, up
+from pallas_kernels.filling import Repacked, cropped, filled, up
 from pallas_kernels.formats import MXFP4_BLOCK, FP8Array, MXFP4Array
 
 TILE_ROWS = 64
@@ -52,57 +51,13 @@ PTX_PLACE = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class _Words:
-    """What both formats have.
+class _Words(Repacked):
+    """What both formats have: words uint16 [..., row tiles, column tiles, 64, words a row]."""
 
-    Attributes:
-      words: uint16 [..., row tiles, column tiles, 64, words a row].
-      scales: see the formats.
-      rows, columns: of the matrix that was packed; on a mesh, of each device's part of it.
-      kernels: the backends that may be used (`pallas_kernels.backends.resolve`).
-    """
-
-    # Of the array of words, those that rows and columns are cut along.
-    ROW_AXIS: ClassVar[int] = -4
-    COLUMN_AXIS: ClassVar[int] = -3
-
-    words: Any
-    scales: Any
-    rows: int
-    columns: int
-    kernels: tuple[str, ...] = ()
-
-    @property
-    def padded(self) -> tuple[int, int]:
-        """Rows and columns of all the tiles."""
-        return self.words.shape[-4] * TILE_ROWS, self.words.shape[-3] * TILE_COLUMNS
-
-    @property
-    def parts(self) -> tuple[int, int]:
-        """Into how many parts the rows and the columns were cut before they were packed."""
-        filled = (up(m, u) for m, u in zip((self.rows, self.columns), self._units))
-        rows, columns = (n // m for n, m in zip(self.padded, filled))
-        return rows, columns
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the matrix that is represented."""
-        rows, columns = self.parts
-        return (*self.words.shape[:-4], rows * self.rows, columns * self.columns)
-
-    @property
-    def ndim(self) -> int:
-        """Number of dimensions of the matrix that is represented."""
-        return len(self.words.shape) - 2
-
-    def with_arrays(self, words: Any, scales: Any) -> Any:
-        """The same with other things in the place of the arrays."""
-        return dataclasses.replace(self, words=words, scales=scales)
-
-    @property
-    def _units(self) -> tuple[int, int]:
-        raise NotImplementedError
+    MATRIX_AXES = 4
+    ROW_AXIS = -4
+    COLUMN_AXIS = -3
+    PER_ENTRY = (TILE_ROWS, TILE_COLUMNS)
 
 
 _as_pytree = functools.partial(
@@ -124,9 +79,7 @@ class MXFP4Words(_Words):
       scales: uint32 [..., R/64, C/128, 64], whose byte j belongs to the columns 32 j + q.
     """
 
-    @property
-    def _units(self) -> tuple[int, int]:
-        return TILE_COLUMNS, TILE_COLUMNS
+    UNITS = (TILE_COLUMNS, TILE_COLUMNS)
 
 
 @_as_pytree
@@ -138,9 +91,7 @@ class FP8Words(_Words):
       scales: float32 [..., ceil(R/128), C/128], as in `FP8Array`.
     """
 
-    @property
-    def _units(self) -> tuple[int, int]:
-        return TILE_ROWS, TILE_COLUMNS
+    UNITS = (TILE_ROWS, TILE_COLUMNS)
 
 
 Words = MXFP4Words | FP8Words
