@@ -40,6 +40,10 @@ class RegisterSpillError(RuntimeError):
     """A kernel keeps values in memory because it has too few registers."""
 
 
+class SerializedError(RuntimeError):
+    """A kernel's matrix instructions wait for each other."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Hardware:
     """A kind of device to lower and compile for.
@@ -180,10 +184,11 @@ def compile(
 
     Args:
       hardware, f, args, mesh: as of `lower`; without a mesh all is on the first device.
-      spills: let kernels of a GPU spill registers.
+      spills: let kernels of a GPU spill registers, and serialize matrix instructions.
 
     Raises:
       RegisterSpillError: a Triton or Mosaic GPU kernel spills registers.
+      SerializedError: ptxas makes matrix instructions of a Mosaic GPU kernel wait for each other.
       RuntimeError: the compiler isn't here (`make compile`).
     """
     if mesh is None:
@@ -238,4 +243,6 @@ def _registers(report: str, spills: bool) -> dict[str, int]:
         raise RuntimeError(f"no registers in what ptxas reports: {report}")
     if any(int(n) for n in spilled) and not spills:
         raise RegisterSpillError(f"{name[1]} spills registers: {report.strip()}")
+    if "serialized" in report and not spills:  # C7512 and the like
+        raise SerializedError(f"matrix instructions of {name[1]} are serialized: {report.strip()}")
     return {name[1]: int(used[1])}

@@ -44,6 +44,7 @@ from mimo_jax.model.backbone import MiMo
 from mimo_jax.model.dflash import DFlash
 from mimo_jax.model.mtp import MTP
 from mimo_jax.model.parameters import Make, parameters
+from pallas_kernels.packed import Packed
 from sharding.rules import ShardingRules
 
 ARRAYS = "arrays"
@@ -61,12 +62,16 @@ def convert(loaded: Loaded, folder: str | Path) -> None:
 
     Raises:
       FileExistsError: there is something in the folder.
-      CheckpointError: several processes hold the model.
+      CheckpointError: several processes hold the model, or its weights are packed for kernels.
     """
     folder = Path(os.path.abspath(folder))
     if jax.process_count() > 1:
         found = f"{jax.process_count()} processes, each with a part of the weights"
         expected = "one process that holds all of them"
+        raise CheckpointError(folder, [Problem("cannot be converted", found, expected)])
+    arrays = _arrays(loaded)
+    if any(isinstance(w, Packed) for part in arrays.values() for w in part.values()):
+        found, expected = "weights in the order of some kernels", 'load(..., kernels="reference")'
         raise CheckpointError(folder, [Problem("cannot be converted", found, expected)])
     if folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f"{folder} is not empty; convert into a new folder")
@@ -74,7 +79,7 @@ def convert(loaded: Loaded, folder: str | Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)  # of a conversion that was killed
     partial.mkdir(parents=True)
     try:
-        save_arrays(partial / ARRAYS, _arrays(loaded))
+        save_arrays(partial / ARRAYS, arrays)
         copy_tokenizer(loaded.folder, partial)
         _write_json(partial / CONFIG, loaded.config.to_dict())
         _sync(partial)

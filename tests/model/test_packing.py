@@ -100,6 +100,14 @@ def test_saving_packed_weights_writes_the_same_bytes(kernels, mesh, tmp_path):
         assert plain == packed, name
 
 
+def test_packed_weights_are_not_converted(tmp_path):
+    whole = checkpoint.load(checkpoint.resolve("mimo-tiny"))
+    pack_parameters(whole.model, ("triton", "reference"))
+    with pytest.raises(checkpoint.CheckpointError, match=r'kernels="reference"'):
+        checkpoint.convert(whole, tmp_path / "new")
+    assert not list(tmp_path.iterdir())
+
+
 def test_on_a_cpu_nothing_is_packed_by_itself():
     lm = mj.load("mimo-tiny")
     assert not any(isinstance(p.get_value(), Packed) for _, p in parameters(lm.model))
