@@ -15,6 +15,7 @@ from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int
 
 MAX_EXPERTS = 1024
+LARGEST = 2**31 - 1
 
 
 def unsupported(scores: Any) -> str | None:
@@ -82,16 +83,19 @@ def _kernel(
     there = expert < n_experts
     scores = plt.load(scores_ref.at[token, expert], mask=there, other=0.0)
     left = scores + plt.load(bias_ref.at[expert], mask=there, other=0.0)
-    left = jnp.where(there, left, -jnp.inf)
+    # In the order of the numbers, as integers: of these a warp finds the greatest in one step.
+    left = jax.lax.bitcast_convert_type(left, jnp.int32)
+    left = jnp.where(there, left ^ ((left >> 31) & LARGEST), -LARGEST - 1)
     weights, chosen = jnp.zeros(slot.shape, jnp.float32), jnp.zeros(slot.shape, jnp.int32)
     total = jnp.float32(0)
     for k in range(top_k):
-        best = jnp.argmax(left)  # of equals the first, as in lax.top_k
-        score = jnp.sum(jnp.where(expert == best, scores, 0.0))
-        left = jnp.where(expert == best, -jnp.inf, left)
+        # Of equals the first, as in lax.top_k.
+        best = jnp.min(jnp.where(left == jnp.max(left), expert, LARGEST))
+        score = plt.load(scores_ref.at[token, best])
+        left = jnp.where(expert == best, -LARGEST - 1, left)
         total = total + score
         weights = jnp.where(slot == k, score, weights)
-        chosen = jnp.where(slot == k, best.astype(jnp.int32), chosen)
+        chosen = jnp.where(slot == k, best, chosen)
     if normalize:
         weights = weights / (total + 1e-20)  # rounds as XLA:GPU does; so div.rn would not
     if scale is not None:

@@ -9,7 +9,14 @@ from hypothesis import strategies as st
 from pallas_kernels.moe.dispatch import BLOCK, group, sizes
 
 # Tokens, experts of each, and experts: few, since each shape is compiled for each of the widths.
-SHAPES = ((1, 1, 1), (1, 4, 12), (9, 2, 3), (BLOCK // 4, 4, 12), (BLOCK // 3 + 1, 3, 5), (150, 4, 7))
+SHAPES = (
+    (1, 1, 1),
+    (1, 4, 12),
+    (9, 2, 3),
+    (BLOCK // 4, 4, 12),
+    (BLOCK // 3 + 1, 3, 5),
+    (150, 4, 7),
+)
 WIDTHS = ((8,), (8, 16, 24), (16, 32, 64), (8, 128))
 grouped = jax.jit(group, static_argnums=(1, 2))
 
