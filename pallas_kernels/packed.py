@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array
 
 from pallas_kernels import columns, words
@@ -38,6 +41,22 @@ def unpackable(w: FP8Array | MXFP4Array, kernels: tuple[str, ...]) -> Array:
 def unpack(w: Packed) -> FP8Array | MXFP4Array:
     """What was packed, bit for bit."""
     return columns.unpack(w) if isinstance(w, MXFP4Columns | FP8Columns) else words.unpack(w)
+
+
+def refused(x: Any, w: Any, *kinds: type) -> str | None:
+    """Why kernels for bfloat16 activations and weights of some kinds can't do a case, if so.
+
+    Args:
+      x: activations, or their shape.
+      w: weights, or their shapes.
+      kinds: those of `Packed` that the kernels take.
+    """
+    if not isinstance(w, kinds):
+        names = " or ".join(kind.__name__ for kind in kinds)
+        return f"the weights are not packed as {names} but {type(w).__name__}"
+    if x.dtype != jnp.bfloat16:
+        return f"activations are {x.dtype}, and the kernels take bfloat16"
+    return None
 
 
 def placed(like: Packed, rows: jax.P, scales: jax.P) -> Packed:

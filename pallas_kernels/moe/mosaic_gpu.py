@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.moe import mosaic_gpu_few, mosaic_gpu_many
+from pallas_kernels.packed import refused
 from pallas_kernels.words import MXFP4Words
 
 # Above this many tokens they are sorted by expert.
@@ -18,10 +18,8 @@ ROWS_OF_DOWN = 256  # that a program computes
 
 def unsupported(x: Any, chosen: Any, gate: Any) -> str | None:
     """Why these kernels can't do a case; None if they can."""
-    if not isinstance(gate, MXFP4Words):
-        return f"the experts are not packed MXFP4 but {type(gate).__name__}"
-    if x.dtype != jnp.bfloat16:
-        return f"activations are {x.dtype}, and matrix instructions take bfloat16 here"
+    if reason := refused(x, gate, MXFP4Words):
+        return reason
     if len(chosen) > FEW_TOKENS and gate.padded[1] % ROWS_OF_DOWN:
         return f"the model's width {gate.padded[1]} is not a multiple of {ROWS_OF_DOWN}"
     return None

@@ -19,10 +19,11 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import mosaic_tpu
-from pallas_kernels.columns import CHUNK, Columns
+from pallas_kernels.columns import CHUNK, Columns, FP8Columns, MXFP4Columns
 from pallas_kernels.filling import filled
 from pallas_kernels.moe.combine import weighted_sum
 from pallas_kernels.moe.dispatch import group
+from pallas_kernels.packed import refused
 
 # Up to this many tokens all go through all chosen experts.
 FEW_TOKENS = 64
@@ -67,10 +68,8 @@ def choose_blocks(tokens: int, top_k: int, gate: Columns, down: Columns) -> Bloc
 
 def unsupported(x: Any, chosen: Any, gate: Any) -> str | None:
     """Why these kernels can't do a case; None if they can."""
-    if not isinstance(gate, Columns):
-        return f"the experts are not packed for TPUs but {type(gate).__name__}"
-    if x.dtype != jnp.bfloat16:
-        return f"activations are {x.dtype}, and the kernels are for bfloat16"
+    if reason := refused(x, gate, FP8Columns, MXFP4Columns):
+        return reason
     if gate.padded[0] % CHUNK:
         return f"experts are {gate.rows} wide, and FP8 experts must be multiples of {CHUNK}"
     return None

@@ -22,6 +22,7 @@ from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.moe.combine import weighted_sum
+from pallas_kernels.packed import refused
 from pallas_kernels.triton import mxfp4_products
 from pallas_kernels.words import TILE_COLUMNS, TILE_ROWS, MXFP4Words
 
@@ -73,10 +74,8 @@ def configure(tokens: int, width: int) -> Config:
 
 def unsupported(x: Any, chosen: Any, gate: Any) -> str | None:
     """Why these kernels can't do a case; None if they can."""
-    if not isinstance(gate, MXFP4Words):
-        return f"the experts are not packed MXFP4 but {type(gate).__name__}"
-    if x.dtype != jnp.bfloat16:
-        return f"activations are {x.dtype}, and tensor cores take bfloat16 here"
+    if reason := refused(x, gate, MXFP4Words):
+        return reason
     if len(chosen) > MAX_TOKENS:
         return f"{len(chosen)} tokens are more than {MAX_TOKENS}"
     return None

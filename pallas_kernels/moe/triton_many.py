@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.moe import dispatch
 from pallas_kernels.moe.combine import weighted_sum
+from pallas_kernels.packed import refused
 from pallas_kernels.triton import mxfp4_products
 from pallas_kernels.words import TILE_COLUMNS, TILE_ROWS, MXFP4Words
 
@@ -60,11 +61,7 @@ def configure(pairs: int, n_experts: int) -> Config:
 
 def unsupported(x: Any, chosen: Any, gate: Any) -> str | None:
     """Why these kernels can't do a case; None if they can."""
-    if not isinstance(gate, MXFP4Words):
-        return f"the experts are not packed MXFP4 but {type(gate).__name__}"
-    if x.dtype != jnp.bfloat16:
-        return f"activations are {x.dtype}, and tensor cores take bfloat16 here"
-    return None
+    return refused(x, gate, MXFP4Words)
 
 
 def moe(

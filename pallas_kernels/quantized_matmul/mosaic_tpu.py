@@ -17,8 +17,9 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from pallas_kernels import mosaic_tpu
-from pallas_kernels.columns import CHUNK, Columns
+from pallas_kernels.columns import CHUNK, Columns, FP8Columns, MXFP4Columns
 from pallas_kernels.filling import filled
+from pallas_kernels.packed import refused
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,10 +50,8 @@ def choose_blocks(tokens: int, w: Columns) -> Blocks:
 
 def unsupported(x: Any, w: Any) -> str | None:
     """Why this kernel can't do a case; None if it can."""
-    if not isinstance(w, Columns):
-        return f"the weights are not packed for TPUs but {type(w).__name__}"
-    if x.dtype != jnp.bfloat16:
-        return f"activations are {x.dtype}, and the kernel is for bfloat16"
+    if reason := refused(x, w, FP8Columns, MXFP4Columns):
+        return reason
     if w.ndim not in (2, 3):
         return f"weights have {w.ndim} dimensions and not 2 or 3"
     return None

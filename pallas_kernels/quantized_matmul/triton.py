@@ -20,6 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int, UInt16
 
+from pallas_kernels.packed import refused
 from pallas_kernels.triton import GROUPS, decode, mxfp4_products
 from pallas_kernels.words import TILE_COLUMNS, TILE_ROWS, FP8Words, MXFP4Words, Words, decode_fp8
 
@@ -67,10 +68,8 @@ def configure(tokens: int, w: Words) -> Config:
 
 def unsupported(x: Any, w: Any) -> str | None:
     """Why these kernels can't do a case; None if they can."""
-    if not isinstance(w, FP8Words | MXFP4Words):
-        return f"the weights are not packed for GPUs but {type(w).__name__}"
-    if x.dtype != jnp.bfloat16:
-        return f"activations are {x.dtype}, and tensor cores take bfloat16 here"
+    if reason := refused(x, w, FP8Words, MXFP4Words):
+        return reason
     if w.ndim not in (2, 3):
         return f"weights have {w.ndim} dimensions and not 2 or 3"
     return None

@@ -76,7 +76,7 @@ def test_what_they_cannot_do(change, message):
 def test_weights_that_were_not_packed():
     gate, _, _ = cases.experts(cases.SMALL["a few"], 1)
     assert triton.unsupported(jnp.zeros((5, 256)), jnp.zeros((5, 4)), gate) == (
-        "the experts are not packed MXFP4 but MXFP4Array"
+        "the weights are not packed as MXFP4Words but MXFP4Array"
     )
 
 
