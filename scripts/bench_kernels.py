@@ -202,9 +202,10 @@ def _renamed(weights: Any, kernels: tuple[str, ...]) -> Any:
     )
 
 
-def n_calls(rows: int) -> int:
-    """Calls a program: enough that its start doesn't count."""
-    return 12 if rows <= 16 else 6 if rows <= 256 else 3
+def n_calls(read: float, flops: float) -> int:
+    """Calls a program: so many that the host, which takes some 0.3 ms to start one, keeps ahead."""
+    shortest = read / 3e12 + flops / 8e14  # on the fastest device we have measured
+    return min(24, max(3, math.ceil(2e-3 / shortest)))
 
 
 def chain(call: Callable[..., tuple], sets: int, calls: int) -> Any:
@@ -250,7 +251,7 @@ def moe_jobs(args: argparse.Namespace, names: tuple[str, ...]) -> Iterator[list[
             ids = np.asarray(moe.route(scores, bias, case.top_k, normalize=True, scale=None)[1])
             read = 3 * d * f * (0.5 + 1 / 32) * len(np.unique(ids)) + 4 * router.size
             flops = 6 * d * f * case.tokens * case.top_k
-            calls = n_calls(case.tokens)
+            calls = n_calls(read, flops)
             call = functools.partial(routed, top_k=case.top_k)
             check = functools.partial(moe_check, x=x, router=router, bias=bias, layer=stacks[0])
             given = (router, bias)
@@ -315,7 +316,7 @@ def matmul_jobs(args: argparse.Namespace, names: tuple[str, ...]) -> Iterator[li
         for rows in case.rows:
             x = matmul_cases.activations(case, rows, args.seed)
             counts = (n * size + 2 * x.size + 2 * rows * n / case.weights[-1], 2.0 * rows * n)
-            calls = n_calls(rows)
+            calls = n_calls(*counts)
             check = functools.partial(matmul_check, x=x, w=held[0])
             for backend in (*names, "plain XLA"):
                 weights, checked = plain, None
