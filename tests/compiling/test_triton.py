@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import targets, words
+from pallas_kernels.decode_attention import cases as decode_cases
+from pallas_kernels.decode_attention.triton import decode_attention
 from pallas_kernels.formats import FP8Array, MXFP4Array
 from pallas_kernels.moe import cases as moe_cases
 from pallas_kernels.moe import triton, triton_many, triton_route, triton_scores
@@ -74,3 +76,18 @@ def test_quantized_matmul(case):
     for rows in (1, 16, 64, 128, 4096):
         x = ShapeDtype((rows, case.weights[-1]), jnp.bfloat16)
         targets.compile(targets.HOPPER, lambda x, w: quantized_matmul(x, w), x, w)
+
+
+@pytest.mark.parametrize("case", decode_cases.REAL.values(), ids=decode_cases.REAL.keys())
+def test_decode_attention(case):
+    b, t, kv = len(case.lengths), case.queries, case.kv_heads
+    attend = functools.partial(decode_attention, window=case.window, causal=case.causal)
+    targets.compile(
+        targets.HOPPER,
+        attend,
+        ShapeDtype((b, t, kv, case.group, case.head), jnp.bfloat16),
+        ShapeDtype((b, case.slots, kv, case.head), jnp.bfloat16),
+        ShapeDtype((b, case.slots, kv, case.value), jnp.bfloat16),
+        ShapeDtype((b, t), jnp.int32),
+        ShapeDtype((kv, case.group), jnp.float32),
+    )

@@ -1,0 +1,70 @@
+"""Attention of a few new tokens over a cache in plain jnp: the definition of the operation."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from pallas_kernels.einsum import einsum32
+
+
+def slot_positions(newest: Int[Array, " B"], slots: int, *, ring: bool) -> Int[Array, "B S"]:
+    """The position each slot holds when `newest` is the last one written (-1: none yet).
+
+    Position p is in slot p; of a ring in slot p modulo the number of slots, and one that was never
+    written gets a negative position.
+    """
+    slot = jnp.arange(slots, dtype=jnp.int32)[None, :]
+    if not ring:
+        return jnp.broadcast_to(slot, (newest.shape[0], slots))
+    return newest[:, None] - (newest[:, None] - slot) % slots
+
+
+def visible(
+    positions: Int[Array, "B T"], slots: int, *, window: int | None, causal: bool
+) -> Bool[Array, "B T S"]:
+    """Which slots each token sees."""
+    newest = positions.max(axis=1)
+    held = slot_positions(newest, slots, ring=window is not None)[:, None]
+    own = positions[:, :, None]
+    seen = (held >= 0) & (held <= (own if causal else newest[:, None, None])) & (own >= 0)
+    return seen if window is None else seen & (held > own - window)
+
+
+def decode_attention(
+    q: Float[Array, "B T K G H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K V"],
+    positions: Int[Array, "B T"],
+    sink: Float[Array, "K G"] | None = None,
+    *,
+    window: int | None = None,
+    causal: bool = True,
+) -> Float[Array, "B T K G V"]:
+    """Softmax attention over a cache that has the tokens' own keys and values already.
+
+    Args:
+      q: queries, G for each of K key/value heads.
+      k, v: the cache's slots.
+      positions: of the tokens; negative for padding, which gets zeros.
+      sink: a logit a query head that takes part in the normaliser.
+      window: a token sees that many positions, its own included, and the cache is a ring; None for
+        all, in a cache that has a slot for each.
+      causal: a token sees no later one; otherwise all tokens of the call see each other.
+
+    Returns:
+      In q's dtype; computed in float32.
+    """
+    seen = visible(positions, k.shape[1], window=window, causal=causal)[:, None, None]
+    scores = einsum32("btkgh,bskh->bkgts", q, k) * q.shape[-1] ** -0.5
+    scores = jnp.where(seen, scores, -jnp.inf)
+    top = jnp.maximum(scores.max(axis=-1, keepdims=True), jnp.finfo(jnp.float32).min)
+    extra = jnp.zeros_like(top)
+    if sink is not None:
+        logit = sink.astype(jnp.float32)[None, :, :, None, None]
+        top = jnp.maximum(top, logit)
+        extra = jnp.exp(logit - top)
+    weights = jnp.exp(scores - top)
+    total = weights.sum(axis=-1, keepdims=True) + extra
+    weights = weights / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)
+    return einsum32("bkgts,bskv->btkgv", weights, v.astype(jnp.float32)).astype(q.dtype)

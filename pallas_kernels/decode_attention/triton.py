@@ -1,0 +1,289 @@
+"""Attention of a few new tokens over a cache, in Triton.
+
+A program has a KV head of a sequence, all queries of its group for all new tokens (the rows of a
+matrix instruction) and a share of the keys.  Shares are added up by a second kernel.  A window of
+up to 256 positions is read at once, before anything is computed: all its loads are under way
+together, which counts more than their number.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+from jaxtyping import Array, Float, Int
+
+MAX_QUERIES = 16
+MAX_ROWS = 256
+MAX_AT_ONCE = 256  # positions of a window
+MIN_ROWS = 16  # that a matrix instruction has
+# Programs that keep an H100's memory busy; more only add to what is to be summed.
+PROGRAMS = 128
+ANYWHERE = pl.BlockSpec(memory_space=pl.ANY)
+LOWEST = -1e30  # a score that counts for nothing, however small the others
+EMPTY = -1e20  # the largest score so far, before there is one
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """How a call is cut.
+
+    Attributes:
+      keys: of a block.
+      splits: programs that share a sequence's keys.
+      stages, warps: for Triton.
+    """
+
+    keys: int = 64
+    splits: int = 1
+    stages: int = 3
+    warps: int = 4
+
+
+def configure(batch: int, kv_heads: int, rows: int, slots: int, window: int | None) -> Config:
+    """What was fastest on an H100, in a study that this follows."""
+    warps = 8 if rows > 64 else 4
+    if window is not None and window + MAX_QUERIES <= MAX_AT_ONCE:
+        return Config(splits=1, stages=1, warps=8 if batch == 1 else warps)
+    keys = slots if window is None else window
+    splits = max(1, min(PROGRAMS // (batch * kv_heads), keys // 128))
+    return Config(splits=1 << (splits.bit_length() - 1), warps=warps)
+
+
+def unsupported(q: Any, k: Any, v: Any, window: int | None = None) -> str | None:
+    """Why these kernels can't do a case; None if they can."""
+    if not q.dtype == k.dtype == v.dtype == jnp.bfloat16:
+        return f"{q.dtype}, {k.dtype} and {v.dtype} are not all bfloat16"
+    _, t, _, group, head = q.shape
+    slots, width = v.shape[1], v.shape[-1]
+    if t > MAX_QUERIES:
+        return f"{t} tokens a sequence are more than {MAX_QUERIES}"
+    if _rows(t, group) > MAX_ROWS:
+        return f"{t} tokens of {group} query heads a KV head are more than {MAX_ROWS} rows"
+    if head % 16 or width & (width - 1) or width < 16:
+        return f"heads of {head} and {width}: keys must be multiples of 16, values powers of 2"
+    if window is not None and window + t - 1 > slots:
+        return f"a ring of {slots} slots has lost what {t} tokens with a window of {window} see"
+    return None
+
+
+def decode_attention(
+    q: Float[Array, "B T K G H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K V"],
+    positions: Int[Array, "B T"],
+    sink: Float[Array, "K G"] | None = None,
+    *,
+    window: int | None = None,
+    causal: bool = True,
+    config: Config | None = None,
+    interpret: bool = False,
+) -> Float[Array, "B T K G V"]:
+    """`reference.decode_attention`.
+
+    Raises:
+      NotImplementedError: with the reason, if it can't.
+    """
+    if reason := unsupported(q, k, v, window):
+        raise NotImplementedError(reason)
+    batch, t, kv_heads, group, _ = q.shape
+    slots, width = v.shape[1], v.shape[-1]
+    rows = _rows(t, group)
+    config = config or configure(batch, kv_heads, rows, slots, window)
+    if sink is None:
+        sink = jnp.full((kv_heads, group), -jnp.inf)
+    sink = sink.astype(jnp.float32)
+    shape = _Shape(t, group, q.shape[-1], width, slots, window, causal)
+    splits = config.splits
+    out = jax.ShapeDtypeStruct((batch, t, kv_heads, group, width), q.dtype)
+    sums = jax.ShapeDtypeStruct((batch, kv_heads, splits, rows, width), jnp.float32)
+    norms = jax.ShapeDtypeStruct((batch, kv_heads, splits, rows, 2), jnp.float32)
+    results = pl.pallas_call(
+        functools.partial(_kernel, shape=shape, config=config),
+        out_shape=(out,) if splits == 1 else (sums, norms),
+        grid=(kv_heads, splits, batch),
+        in_specs=[ANYWHERE] * 5,
+        out_specs=(ANYWHERE,) * (1 if splits == 1 else 2),
+        compiler_params=plt.CompilerParams(num_warps=config.warps, num_stages=config.stages),
+        interpret=interpret,
+        name="decode_attention",
+    )(q, k, v, positions, sink)
+    if splits == 1:
+        return results[0]
+    return pl.pallas_call(
+        functools.partial(_combine, shape=shape, splits=splits),
+        out_shape=out,
+        grid=(rows, kv_heads, batch),
+        in_specs=[ANYWHERE] * 3,
+        out_specs=ANYWHERE,
+        compiler_params=plt.CompilerParams(num_warps=4, num_stages=1),
+        interpret=interpret,
+        name="decode_attention_combine",
+    )(*results, sink)
+
+
+def _rows(t: int, group: int) -> int:
+    return max(MIN_ROWS, pl.next_power_of_2(t * group))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Shape:
+    """Sizes and options of a call: T, G, H, V, S and what is visible."""
+
+    t: int
+    group: int
+    head: int
+    width: int
+    slots: int
+    window: int | None
+    causal: bool
+
+    def head_parts(self) -> list[tuple[int, int]]:
+        """H as powers of two: offsets and sizes."""
+        parts, start = [], 0
+        while start < self.head:
+            size = 1 << ((self.head - start).bit_length() - 1)
+            parts.append((start, size))
+            start += size
+        return parts
+
+    def at_once(self) -> list[tuple[int, int]] | None:
+        """Blocks of keys to read together, as offsets and sizes; None for a loop over blocks."""
+        if self.window is None or self.window + self.t - 1 > MAX_AT_ONCE:
+            return None
+        count, blocks, start = self.window + self.t - 1, [], 0
+        while start < count:
+            left = count - start
+            size = max(16, 1 << (left.bit_length() - 1))
+            blocks.append((start, size))
+            start += size
+        return blocks
+
+
+def _kernel(
+    q_ref: Any,
+    k_ref: Any,
+    v_ref: Any,
+    position_ref: Any,
+    sink_ref: Any,
+    *out_refs: Any,
+    shape: _Shape,
+    config: Config,
+) -> None:
+    kv, split, b = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+    rows = _rows(shape.t, shape.group)
+    row = jnp.arange(rows)
+    there = row < shape.t * shape.group
+    token, head = jnp.where(there, row // shape.group, 0), jnp.where(there, row % shape.group, 0)
+    own = jnp.where(there, plt.load(position_ref.at[b, token]), -1)
+    newest = jnp.max(own)
+    oldest = jnp.min(jnp.where(own < 0, newest, own))
+    last = own if shape.causal else jnp.where(own < 0, -1, newest)
+    first = jnp.maximum(0, own - shape.window + 1) if shape.window else jnp.zeros_like(own)
+
+    # Scores are in powers of two.
+    scale = shape.head**-0.5 * math.log2(math.e)
+    q = [
+        plt.load(q_ref.at[b, token[:, None], kv, head[:, None], (start + jnp.arange(size))[None]])
+        for start, size in shape.head_parts()
+    ]
+
+    def load(position: Any, size: int) -> tuple[list[Array], Array, Array]:
+        """Keys [N, H], values [N, V] and the positions of N keys."""
+        at = position + jnp.arange(size)
+        slot = at % shape.slots if shape.window else jnp.minimum(at, shape.slots - 1)
+        keys = [
+            plt.load(k_ref.at[b, slot[:, None], kv, (start + jnp.arange(width))[None, :]])
+            for start, width in shape.head_parts()
+        ]
+        values = plt.load(v_ref.at[b, slot[:, None], kv, jnp.arange(shape.width)[None, :]])
+        return keys, values, at
+
+    def add(carry: Any, loaded: Any, masked: bool) -> Any:
+        total, top, norm = carry
+        keys, values, at = loaded
+        scores = sum(plt.dot(a, c.T) for a, c in zip(q, keys)) * scale
+        if masked:
+            seen = (at[None, :] <= last[:, None]) & (at[None, :] >= first[:, None])
+            scores = jnp.where(seen, scores, LOWEST)
+        higher = jnp.maximum(top, jnp.max(scores, axis=1))
+        weights = jnp.exp2(scores - higher[:, None])
+        shrink = jnp.exp2(top - higher)
+        total = total * shrink[:, None] + plt.dot(weights.astype(values.dtype), values)
+        return total, higher, norm * shrink + jnp.sum(weights, axis=1)
+
+    carry = (
+        jnp.zeros((rows, shape.width), jnp.float32),
+        jnp.full(rows, EMPTY, jnp.float32),
+        jnp.zeros(rows, jnp.float32),
+    )
+    begin = jnp.maximum(0, oldest - shape.window + 1) if shape.window else jnp.int32(0)
+    blocks = shape.at_once()
+    if blocks is not None:
+        loaded = [load(begin + start, size) for start, size in blocks]
+        for block in loaded:
+            carry = add(carry, block, True)
+    else:
+        n = config.keys
+        count = pl.cdiv(newest + 1 - begin, n)
+        share = pl.cdiv(count, config.splits)
+        low = jnp.minimum(split * share, count)
+        high = jnp.minimum(low + share, count)
+        # Blocks that all rows see whole come first where there is no window.
+        whole = jnp.clip((oldest + 1) // n, low, high) if shape.window is None else low
+
+        def body(masked: bool, i: Any, carry: Any) -> Any:
+            return add(carry, load(begin + i * n, n), masked)
+
+        carry = jax.lax.fori_loop(low, whole, functools.partial(body, False), carry)
+        carry = jax.lax.fori_loop(whole, high, functools.partial(body, True), carry)
+    total, top, norm = carry
+    column = jnp.arange(shape.width)[None, :]
+    if len(out_refs) == 1:
+        sink = plt.load(sink_ref.at[kv, head]) * math.log2(math.e)
+        y = _finished(total, top, norm, sink)
+        # Beyond the end where there is no query: the interpreter writes there, masked or not.
+        to = jnp.where(there, token, shape.t)[:, None]
+        into = out_refs[0].at[b, to, kv, head[:, None], column]
+        plt.store(into, y.astype(out_refs[0].dtype), mask=there[:, None])
+        return
+    total_ref, norm_ref = out_refs
+    plt.store(total_ref.at[b, kv, split, row[:, None], column], total)
+    plt.store(norm_ref.at[b, kv, split, row, jnp.zeros_like(row)], top)
+    plt.store(norm_ref.at[b, kv, split, row, jnp.ones_like(row)], norm)
+
+
+def _finished(total: Array, top: Array, norm: Array, sink: Array) -> Array:
+    """The weighted mean, with the sink in the normaliser; zeros where nothing was seen."""
+    higher = jnp.maximum(top, sink)
+    shrink = jnp.exp2(top - higher)
+    norm = norm * shrink + jnp.exp2(sink - higher)
+    seen = top > EMPTY
+    return jnp.where(seen[:, None], total * (shrink / jnp.where(seen, norm, 1.0))[:, None], 0.0)
+
+
+def _combine(
+    total_ref: Any, norm_ref: Any, sink_ref: Any, out_ref: Any, *, shape: _Shape, splits: int
+) -> None:
+    row, kv, b = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+
+    @pl.when(row < shape.t * shape.group)
+    def _() -> None:
+        token, head = row // shape.group, row % shape.group
+        split, column = jnp.arange(splits), jnp.arange(shape.width)
+        tops = plt.load(norm_ref.at[b, kv, split, row, jnp.zeros_like(split)])
+        norms = plt.load(norm_ref.at[b, kv, split, row, jnp.ones_like(split)])
+        totals = plt.load(total_ref.at[b, kv, split[:, None], row, column[None, :]])
+        top = jnp.max(tops)
+        shrink = jnp.exp2(tops - top)
+        total = jnp.sum(totals * shrink[:, None], axis=0)
+        norm = jnp.sum(norms * shrink)
+        sink = plt.load(sink_ref.at[kv, head]) * math.log2(math.e)
+        y = _finished(total[None], top[None], norm[None], sink[None])[0]
+        plt.store(out_ref.at[b, token, kv, head, column], y.astype(out_ref.dtype))
