@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels.attention.reference import weighted_values
 from pallas_kernels.einsum import einsum32
 
 
@@ -57,14 +58,4 @@ def decode_attention(
     """
     seen = visible(positions, k.shape[1], window=window, causal=causal)[:, None, None]
     scores = einsum32("btkgh,bskh->bkgts", q, k) * q.shape[-1] ** -0.5
-    scores = jnp.where(seen, scores, -jnp.inf)
-    top = jnp.maximum(scores.max(axis=-1, keepdims=True), jnp.finfo(jnp.float32).min)
-    extra = jnp.zeros_like(top)
-    if sink is not None:
-        logit = sink.astype(jnp.float32)[None, :, :, None, None]
-        top = jnp.maximum(top, logit)
-        extra = jnp.exp(logit - top)
-    weights = jnp.exp(scores - top)
-    total = weights.sum(axis=-1, keepdims=True) + extra
-    weights = weights / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)
-    return einsum32("bkgts,bskv->btkgv", weights, v.astype(jnp.float32)).astype(q.dtype)
+    return weighted_values(jnp.where(seen, scores, -jnp.inf), v, sink).astype(q.dtype)

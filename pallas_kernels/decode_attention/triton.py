@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from typing import Any
 
 import jax
@@ -19,6 +18,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.attention import online_softmax
+
 MAX_QUERIES = 16
 MAX_ROWS = 256
 MAX_AT_ONCE = 256  # positions of a window
@@ -26,8 +27,6 @@ MIN_ROWS = 16  # that a matrix instruction has
 # Programs that keep an H100's memory busy; more only add to what is to be summed.
 PROGRAMS = 128
 ANYWHERE = pl.BlockSpec(memory_space=pl.ANY)
-LOWEST = -1e30  # a score that counts for nothing, however small the others
-EMPTY = -1e20  # the largest score so far, before there is one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,15 +143,6 @@ class _Shape:
     window: int | None
     causal: bool
 
-    def head_parts(self) -> list[tuple[int, int]]:
-        """H as powers of two: offsets and sizes."""
-        parts, start = [], 0
-        while start < self.head:
-            size = 1 << ((self.head - start).bit_length() - 1)
-            parts.append((start, size))
-            start += size
-        return parts
-
     def at_once(self) -> list[tuple[int, int]] | None:
         """Blocks of keys to read together, as offsets and sizes; None for a loop over blocks."""
         if self.window is None or self.window + self.t - 1 > MAX_AT_ONCE:
@@ -187,11 +177,9 @@ def _kernel(
     last = own if shape.causal else jnp.where(own < 0, -1, newest)
     first = jnp.maximum(0, own - shape.window + 1) if shape.window else jnp.zeros_like(own)
 
-    # Scores are in powers of two.
-    scale = shape.head**-0.5 * math.log2(math.e)
     q = [
         plt.load(q_ref.at[b, token[:, None], kv, head[:, None], (start + jnp.arange(size))[None]])
-        for start, size in shape.head_parts()
+        for start, size in online_softmax.parts(shape.head)
     ]
 
     def load(position: Any, size: int) -> tuple[list[Array], Array, Array]:
@@ -200,35 +188,23 @@ def _kernel(
         slot = at % shape.slots if shape.window else jnp.minimum(at, shape.slots - 1)
         keys = [
             plt.load(k_ref.at[b, slot[:, None], kv, (start + jnp.arange(width))[None, :]])
-            for start, width in shape.head_parts()
+            for start, width in online_softmax.parts(shape.head)
         ]
         values = plt.load(v_ref.at[b, slot[:, None], kv, jnp.arange(shape.width)[None, :]])
         return keys, values, at
 
-    def add(carry: Any, loaded: Any, masked: bool) -> Any:
-        total, top, norm = carry
+    def add(sums: Any, loaded: Any, masked: bool) -> online_softmax.Sums:
         keys, values, at = loaded
-        scores = sum(plt.dot(a, c.T) for a, c in zip(q, keys)) * scale
-        if masked:
-            seen = (at[None, :] <= last[:, None]) & (at[None, :] >= first[:, None])
-            scores = jnp.where(seen, scores, LOWEST)
-        higher = jnp.maximum(top, jnp.max(scores, axis=1))
-        weights = jnp.exp2(scores - higher[:, None])
-        shrink = jnp.exp2(top - higher)
-        total = total * shrink[:, None] + plt.dot(weights.astype(values.dtype), values)
-        return total, higher, norm * shrink + jnp.sum(weights, axis=1)
+        seen = (at[None, :] <= last[:, None]) & (at[None, :] >= first[:, None]) if masked else None
+        return online_softmax.add(sums, q, keys, values, shape.head, seen)
 
-    carry = (
-        jnp.zeros((rows, shape.width), jnp.float32),
-        jnp.full(rows, EMPTY, jnp.float32),
-        jnp.zeros(rows, jnp.float32),
-    )
+    sums = online_softmax.begin(rows, shape.width)
     begin = jnp.maximum(0, oldest - shape.window + 1) if shape.window else jnp.int32(0)
     blocks = shape.at_once()
     if blocks is not None:
         loaded = [load(begin + start, size) for start, size in blocks]
         for block in loaded:
-            carry = add(carry, block, True)
+            sums = add(sums, block, True)
     else:
         n = config.keys
         count = pl.cdiv(newest + 1 - begin, n)
@@ -238,34 +214,23 @@ def _kernel(
         # Blocks that all rows see whole come first where there is no window.
         whole = jnp.clip((oldest + 1) // n, low, high) if shape.window is None else low
 
-        def body(masked: bool, i: Any, carry: Any) -> Any:
-            return add(carry, load(begin + i * n, n), masked)
+        def body(masked: bool, i: Any, sums: Any) -> online_softmax.Sums:
+            return add(sums, load(begin + i * n, n), masked)
 
-        carry = jax.lax.fori_loop(low, whole, functools.partial(body, False), carry)
-        carry = jax.lax.fori_loop(whole, high, functools.partial(body, True), carry)
-    total, top, norm = carry
+        sums = jax.lax.fori_loop(low, whole, functools.partial(body, False), sums)
+        sums = jax.lax.fori_loop(whole, high, functools.partial(body, True), sums)
     column = jnp.arange(shape.width)[None, :]
     if len(out_refs) == 1:
-        sink = plt.load(sink_ref.at[kv, head]) * math.log2(math.e)
-        y = _finished(total, top, norm, sink)
+        y = online_softmax.finish(sums, plt.load(sink_ref.at[kv, head]))
         # Beyond the end where there is no query: the interpreter writes there, masked or not.
         to = jnp.where(there, token, shape.t)[:, None]
         into = out_refs[0].at[b, to, kv, head[:, None], column]
         plt.store(into, y.astype(out_refs[0].dtype), mask=there[:, None])
         return
-    total_ref, norm_ref = out_refs
+    (total_ref, norm_ref), (total, top, norm) = out_refs, sums
     plt.store(total_ref.at[b, kv, split, row[:, None], column], total)
     plt.store(norm_ref.at[b, kv, split, row, jnp.zeros_like(row)], top)
     plt.store(norm_ref.at[b, kv, split, row, jnp.ones_like(row)], norm)
-
-
-def _finished(total: Array, top: Array, norm: Array, sink: Array) -> Array:
-    """The weighted mean, with the sink in the normaliser; zeros where nothing was seen."""
-    higher = jnp.maximum(top, sink)
-    shrink = jnp.exp2(top - higher)
-    norm = norm * shrink + jnp.exp2(sink - higher)
-    seen = top > EMPTY
-    return jnp.where(seen[:, None], total * (shrink / jnp.where(seen, norm, 1.0))[:, None], 0.0)
 
 
 def _combine(
@@ -284,6 +249,6 @@ def _combine(
         shrink = jnp.exp2(tops - top)
         total = jnp.sum(totals * shrink[:, None], axis=0)
         norm = jnp.sum(norms * shrink)
-        sink = plt.load(sink_ref.at[kv, head]) * math.log2(math.e)
-        y = _finished(total[None], top[None], norm[None], sink[None])[0]
+        sums = (total[None], top[None], norm[None])
+        y = online_softmax.finish(sums, plt.load(sink_ref.at[kv, head])[None])[0]
         plt.store(out_ref.at[b, token, kv, head, column], y.astype(out_ref.dtype))

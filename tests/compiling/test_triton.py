@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import targets, words
+from pallas_kernels.attention import cases as attention_cases
+from pallas_kernels.attention.triton import attention
 from pallas_kernels.decode_attention import cases as decode_cases
 from pallas_kernels.decode_attention.triton import decode_attention
 from pallas_kernels.formats import FP8Array, MXFP4Array
@@ -89,5 +91,19 @@ def test_decode_attention(case):
         ShapeDtype((b, case.slots, kv, case.head), jnp.bfloat16),
         ShapeDtype((b, case.slots, kv, case.value), jnp.bfloat16),
         ShapeDtype((b, t), jnp.int32),
+        ShapeDtype((kv, case.group), jnp.float32),
+    )
+
+
+@pytest.mark.parametrize("case", attention_cases.REAL.values(), ids=attention_cases.REAL.keys())
+def test_attention(case):
+    b, kv = len(case.spans), case.kv_heads
+    targets.compile(
+        targets.HOPPER,
+        functools.partial(attention, window=case.window),
+        ShapeDtype((b, case.tokens, kv, case.group, case.head), jnp.bfloat16),
+        ShapeDtype((b, case.keys, kv, case.head), jnp.bfloat16),
+        ShapeDtype((b, case.keys, kv, case.value), jnp.bfloat16),
+        *[ShapeDtype((b,), jnp.int32)] * 3,
         ShapeDtype((kv, case.group), jnp.float32),
     )
