@@ -2,10 +2,12 @@
 
 import os
 
-# Eight devices on the one CPU, for the tests of sharding.  Compiling is most of what tests cost, and
-# takes 40 % less without LLVM's optimiser.  The flags count when jax first looks.
-FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"
+# Eight devices on the one CPU, for the tests of sharding.  And without LLVM's optimiser: compiling
+# is most of what tests cost, and takes 40 % less so.  The flags count when jax first looks.
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "")
+    + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+)
 
 import hypothesis
 import jax
