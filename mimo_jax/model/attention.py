@@ -20,6 +20,8 @@ from mimo_jax.model.layers import (
 )
 from mimo_jax.model.parameters import Format, Make, ParamSpec, QKVRows, declare
 from mimo_jax.model.taps import Taps
+from pallas_kernels.attention.reference import softmax
+from pallas_kernels.decode_attention.reference import slot_positions
 from sharding.types import entries, reshard, sharding
 
 QUERY_BLOCK = 256
@@ -51,17 +53,7 @@ def attend(
     if window is not None:
         visible &= distance < window
     scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
-    top = scores.max(axis=-1, keepdims=True)
-    if sink is not None:
-        logit = sink.astype(jnp.float32)[None, :, :, None, None]
-        top = jnp.maximum(top, logit)
-        extra = jnp.exp(logit - top)
-    else:
-        top = jnp.maximum(top, jnp.finfo(jnp.float32).min)
-        extra = 0.0
-    weights = jnp.exp(scores - top)
-    total = weights.sum(axis=-1, keepdims=True) + extra
-    weights = weights / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)
+    weights = softmax(scores, sink)
     return contract("bkgts,bskv->btkgv", weights.astype(v.dtype), v).astype(v.dtype), weights
 
 
@@ -223,12 +215,12 @@ class Attention(nnx.Module):
         ring, slots, t = self.layer.window is not None, cache.k.shape[1], k.shape[1]
         written = kv_cache.write(cache, k, v, positions, ring=ring)
         if not ring or t <= min(slots - self.layer.window + 1, QUERY_BLOCK):
-            at = kv_cache.slot_positions(positions.max(axis=1), slots, ring=ring)
+            at = slot_positions(positions.max(axis=1), slots, ring=ring)
             return written.k, written.v, at, written
         # So many new tokens overwrite ring slots that the first of them still have to see: attend
         # over the old ring and the new tokens side by side.
         first = jnp.where(positions >= 0, positions, jnp.iinfo(jnp.int32).max).min(axis=1)
-        before = kv_cache.slot_positions(first - 1, slots, ring=True)
+        before = slot_positions(first - 1, slots, ring=True)
         keys = jnp.concatenate([cache.k, k.astype(cache.k.dtype)], axis=1)
         values = jnp.concatenate([cache.v, v.astype(cache.v.dtype)], axis=1)
         return keys, values, jnp.concatenate([before, positions], axis=1), written

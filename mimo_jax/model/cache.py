@@ -94,17 +94,6 @@ def init_cache(
     return KVCache(tuple(layer(s) for s in config.layers), max_len, slack)
 
 
-def slot_positions(newest: Int[Array, " B"], slots: int, *, ring: bool) -> Int[Array, "B S"]:
-    """The position each slot holds when `newest` is the last one written (-1: none yet).
-
-    In a ring, a slot that was never written gets a negative position.
-    """
-    slot = jnp.arange(slots, dtype=jnp.int32)[None, :]
-    if not ring:
-        return jnp.broadcast_to(slot, (newest.shape[0], slots))
-    return newest[:, None] - (newest[:, None] - slot) % slots
-
-
 def write(
     cache: LayerCache,
     k: Float[Array, "B T K H"],

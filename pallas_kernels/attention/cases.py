@@ -69,18 +69,24 @@ SMALL = {
 
 def arrays(case: Case, seed: int) -> tuple[tuple[Array, ...], dict[str, Any]]:
     """Arguments of the operation (bfloat16, and int32 positions), and its options."""
+    qkv, sink = heads(case, len(case.spans), case.tokens, case.keys, seed)
+    spans = jnp.asarray(case.spans, jnp.int32)
+    return (*qkv, *spans.T), {"window": case.window, **sink}
+
+
+def heads(
+    case: Any, batch: int, tokens: int, keys: int, seed: int
+) -> tuple[tuple[Array, Array, Array], dict[str, Array]]:
+    """Random queries, keys and values of a case, here or of `decode_attention`, and its sink."""
     rng = np.random.default_rng(seed)
-    b = len(case.spans)
     shapes = (
-        (b, case.tokens, case.kv_heads, case.group, case.head),
-        (b, case.keys, case.kv_heads, case.head),
-        (b, case.keys, case.kv_heads, case.value),
+        (batch, tokens, case.kv_heads, case.group, case.head),
+        (batch, keys, case.kv_heads, case.head),
+        (batch, keys, case.kv_heads, case.value),
     )
     q, k, v = (jnp.asarray(rng.standard_normal(s, np.float32), jnp.bfloat16) for s in shapes)
     # Scores are about normal, and 4 is the largest of a few thousand.
     q = q * jnp.asarray(case.logits / 4, jnp.bfloat16)
-    spans = jnp.asarray(case.spans, jnp.int32)
-    options: dict[str, Any] = {"window": case.window}
-    if case.sink is not None:
-        options["sink"] = jnp.full((case.kv_heads, case.group), case.sink, jnp.float32)
-    return (q, k, v, *spans.T), options
+    if case.sink is None:
+        return (q, k, v), {}
+    return (q, k, v), {"sink": jnp.full((case.kv_heads, case.group), case.sink, jnp.float32)}

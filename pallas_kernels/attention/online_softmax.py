@@ -20,6 +20,16 @@ EMPTY = -1e20  # the largest score so far, before there is one
 Sums = tuple[Array, Array, Array]
 
 
+def refused(q: Any, k: Any, v: Any) -> str | None:
+    """Why dtypes or heads can't be done; None if they can."""
+    if not q.dtype == k.dtype == v.dtype == jnp.bfloat16:
+        return f"{q.dtype}, {k.dtype} and {v.dtype} are not all bfloat16"
+    head, width = q.shape[-1], v.shape[-1]
+    if head % 16 or width & (width - 1) or width < 16:
+        return f"heads of {head} and {width}: keys must be multiples of 16, values powers of 2"
+    return None
+
+
 def parts(size: int) -> list[tuple[int, int]]:
     """A dimension as powers of two: offsets and sizes."""
     found, start = [], 0

@@ -50,24 +50,39 @@ def attention(
       In q's dtype; computed in float32.
     """
     sizes = (q.shape[1], k.shape[1])
-    seen = visible(first_query, first_key, newest, sizes, window=window)[:, None, None]
-    scores = einsum32("btkgh,bskh->bkgts", q, k) * q.shape[-1] ** -0.5
-    return weighted_values(jnp.where(seen, scores, -jnp.inf), v, sink).astype(q.dtype)
+    seen = visible(first_query, first_key, newest, sizes, window=window)
+    return attend(q, k, v, seen, sink)
 
 
-def weighted_values(
-    scores: Float[Array, "B K G T S"],
+def attend(
+    q: Float[Array, "B T K G H"],
+    k: Float[Array, "B S K H"],
     v: Float[Array, "B S K V"],
+    seen: Bool[Array, "B T S"],
     sink: Float[Array, "K G"] | None,
 ) -> Float[Array, "B T K G V"]:
-    """Softmax with a sink, and the mean of values it weighs; zeros where all scores are -inf."""
+    """Softmax attention over the keys that each token sees; zeros if there are none.
+
+    In q's dtype; computed in float32.
+    """
+    scores = einsum32("btkgh,bskh->bkgts", q, k) * q.shape[-1] ** -0.5
+    weights = softmax(jnp.where(seen[:, None, None], scores, -jnp.inf), sink)
+    return einsum32("bkgts,bskv->btkgv", weights, v.astype(jnp.float32)).astype(q.dtype)
+
+
+def softmax(
+    scores: Float[Array, "B K G T S"], sink: Float[Array, "K G"] | None
+) -> Float[Array, "B K G T S"]:
+    """Softmax whose normaliser has one logit a query head more; zeros where all scores are -inf.
+
+    With a sink weights sum to less than 1.
+    """
     top = jnp.maximum(scores.max(axis=-1, keepdims=True), jnp.finfo(jnp.float32).min)
-    extra = jnp.zeros_like(top)
+    extra = 0.0
     if sink is not None:
         logit = sink.astype(jnp.float32)[None, :, :, None, None]
         top = jnp.maximum(top, logit)
         extra = jnp.exp(logit - top)
     weights = jnp.exp(scores - top)
     total = weights.sum(axis=-1, keepdims=True) + extra
-    weights = weights / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)
-    return einsum32("bkgts,bskv->btkgv", weights, v.astype(jnp.float32))
+    return weights / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)

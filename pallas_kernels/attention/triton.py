@@ -44,12 +44,7 @@ def configure(window: int | None) -> Config:
 def unsupported(q: Any, k: Any, v: Any, window: int | None = None) -> str | None:
     """Why this kernel can't do a case; None if it can."""
     del window
-    if not q.dtype == k.dtype == v.dtype == jnp.bfloat16:
-        return f"{q.dtype}, {k.dtype} and {v.dtype} are not all bfloat16"
-    head, width = q.shape[-1], v.shape[-1]
-    if head % 16 or width & (width - 1) or width < 16:
-        return f"heads of {head} and {width}: keys must be multiples of 16, values powers of 2"
-    return None
+    return online_softmax.refused(q, k, v)
 
 
 def attention(

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from pallas_kernels.attention.cases import heads
+
 
 @dataclasses.dataclass(frozen=True)
 class Case:
@@ -87,19 +89,7 @@ def arrays(case: Case, seed: int) -> tuple[tuple[Array, Array, Array, Array], di
 
     Slots that no sequence has written hold finite numbers, as a cache's do.
     """
-    rng = np.random.default_rng(seed)
-    b, t = len(case.lengths), case.queries
-    shapes = (
-        (b, t, case.kv_heads, case.group, case.head),
-        (b, case.slots, case.kv_heads, case.head),
-        (b, case.slots, case.kv_heads, case.value),
-    )
-    q, k, v = (jnp.asarray(rng.standard_normal(s, np.float32), jnp.bfloat16) for s in shapes)
+    qkv, sink = heads(case, len(case.lengths), case.queries, case.slots, seed)
     newest = np.asarray(case.lengths)[:, None] - 1
-    positions = newest - np.arange(t)[::-1]
-    # Scores are about normal, and 4 is the largest of a few thousand.
-    q = q * jnp.asarray(case.logits / 4, jnp.bfloat16)
-    options: dict[str, Any] = {"window": case.window, "causal": case.causal}
-    if case.sink is not None:
-        options["sink"] = jnp.full((case.kv_heads, case.group), case.sink, jnp.float32)
-    return (q, k, v, jnp.asarray(positions, jnp.int32)), options
+    positions = jnp.asarray(newest - np.arange(case.queries)[::-1], jnp.int32)
+    return (*qkv, positions), {"window": case.window, "causal": case.causal, **sink}

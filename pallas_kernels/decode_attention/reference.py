@@ -5,8 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.attention.reference import weighted_values
-from pallas_kernels.einsum import einsum32
+from pallas_kernels.attention.reference import attend
 
 
 def slot_positions(newest: Int[Array, " B"], slots: int, *, ring: bool) -> Int[Array, "B S"]:
@@ -56,6 +55,5 @@ def decode_attention(
     Returns:
       In q's dtype; computed in float32.
     """
-    seen = visible(positions, k.shape[1], window=window, causal=causal)[:, None, None]
-    scores = einsum32("btkgh,bskh->bkgts", q, k) * q.shape[-1] ** -0.5
-    return weighted_values(jnp.where(seen, scores, -jnp.inf), v, sink).astype(q.dtype)
+    seen = visible(positions, k.shape[1], window=window, causal=causal)
+    return attend(q, k, v, seen, sink)

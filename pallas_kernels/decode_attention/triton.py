@@ -19,11 +19,12 @@ from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.attention import online_softmax
+from pallas_kernels.filling import up
 
 MAX_QUERIES = 16
 MAX_ROWS = 256
 MAX_AT_ONCE = 256  # positions of a window
-MIN_ROWS = 16  # that a matrix instruction has
+MIN_ROWS = MIN_KEYS = 16  # that a matrix instruction has
 # Programs that keep an H100's memory busy; more only add to what is to be summed.
 PROGRAMS = 128
 ANYWHERE = pl.BlockSpec(memory_space=pl.ANY)
@@ -49,7 +50,7 @@ def configure(batch: int, kv_heads: int, rows: int, slots: int, window: int | No
     """What was fastest on an H100, in a study that this follows."""
     warps = 8 if rows > 64 else 4
     if window is not None and window + MAX_QUERIES <= MAX_AT_ONCE:
-        return Config(splits=1, stages=1, warps=8 if batch == 1 else warps)
+        return Config(stages=1, warps=8 if batch == 1 else warps)
     keys = slots if window is None else window
     splits = max(1, min(PROGRAMS // (batch * kv_heads), keys // 128))
     return Config(splits=1 << (splits.bit_length() - 1), warps=warps)
@@ -57,16 +58,13 @@ def configure(batch: int, kv_heads: int, rows: int, slots: int, window: int | No
 
 def unsupported(q: Any, k: Any, v: Any, window: int | None = None) -> str | None:
     """Why these kernels can't do a case; None if they can."""
-    if not q.dtype == k.dtype == v.dtype == jnp.bfloat16:
-        return f"{q.dtype}, {k.dtype} and {v.dtype} are not all bfloat16"
-    _, t, _, group, head = q.shape
-    slots, width = v.shape[1], v.shape[-1]
+    if reason := online_softmax.refused(q, k, v):
+        return reason
+    (_, t, _, group, _), slots = q.shape, v.shape[1]
     if t > MAX_QUERIES:
         return f"{t} tokens a sequence are more than {MAX_QUERIES}"
     if _rows(t, group) > MAX_ROWS:
         return f"{t} tokens of {group} query heads a KV head are more than {MAX_ROWS} rows"
-    if head % 16 or width & (width - 1) or width < 16:
-        return f"heads of {head} and {width}: keys must be multiples of 16, values powers of 2"
     if window is not None and window + t - 1 > slots:
         return f"a ring of {slots} slots has lost what {t} tokens with a window of {window} see"
     return None
@@ -147,13 +145,7 @@ class _Shape:
         """Blocks of keys to read together, as offsets and sizes; None for a loop over blocks."""
         if self.window is None or self.window + self.t - 1 > MAX_AT_ONCE:
             return None
-        count, blocks, start = self.window + self.t - 1, [], 0
-        while start < count:
-            left = count - start
-            size = max(16, 1 << (left.bit_length() - 1))
-            blocks.append((start, size))
-            start += size
-        return blocks
+        return online_softmax.parts(up(self.window + self.t - 1, MIN_KEYS))
 
 
 def _kernel(

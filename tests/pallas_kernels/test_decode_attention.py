@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mimo_jax.model import attention, cache
+from mimo_jax.model import attention
 from pallas_kernels import backends
 from pallas_kernels import decode_attention as operation
 from pallas_kernels.decode_attention import cases, reference, triton
@@ -32,7 +32,7 @@ def test_the_definition_is_the_models(name):
     given, options = cases.arrays(case, 1)
     q, k, v, positions = (a.astype(jnp.float32) if a.ndim > 2 else a for a in given)
     ring = case.window is not None
-    at = cache.slot_positions(positions.max(axis=1), case.slots, ring=ring)
+    at = reference.slot_positions(positions.max(axis=1), case.slots, ring=ring)
     sink = options.get("sink")
     expected = attention.attend(q, k, v, positions, at, window=case.window, sink=sink)[0]
     atol = 1e-6 * float(jnp.abs(expected).max())
