@@ -192,7 +192,7 @@ def _kernel(
 
     sums = online_softmax.begin(rows, shape.width)
     begin = jnp.maximum(0, oldest - shape.window + 1) if shape.window else jnp.int32(0)
-    blocks = shape.at_once()
+    blocks = shape.at_once() if config.splits == 1 else None
     if blocks is not None:
         loaded = [load(begin + start, size) for start, size in blocks]
         for block in loaded:

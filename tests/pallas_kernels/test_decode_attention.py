@@ -61,6 +61,16 @@ def test_keys_shared_out(name, splits):
     assert relative_error(got, of_float32(given, options)) < BF16_ERROR
 
 
+def test_keys_of_a_window_shared_out():
+    """One that is otherwise read at once: no program may then read all of it."""
+    case = cases.Case((400,), 1, 1, 8, 64, 64, 272, 256, sink=6.0, logits=1.0)
+    given, options = cases.arrays(case, 6)
+    expected = of_float32(given, options)
+    for config in (None, Config(splits=2)):
+        got = triton.decode_attention(*given, **options, config=config, interpret=True)
+        assert relative_error(got, expected) < BF16_ERROR
+
+
 @pytest.mark.parametrize("name", ["lengths far apart", "a ring not yet full", "a small window"])
 def test_slots_that_are_not_seen_do_not_count(name):
     case = cases.SMALL[name]
