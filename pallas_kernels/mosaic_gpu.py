@@ -21,6 +21,7 @@ from pallas_kernels.words import GROUPS, PTX_PLACE, TILE_COLUMNS, TILE_ROWS, dec
 
 WORDS = TILE_COLUMNS // GROUPS  # a row of a tile
 ROW = plgpu.Layout.WGMMA.reduce(1)
+SHARED_MEMORY = 232448 - 1024  # bytes that a program may have, less what barriers take
 
 
 def words_transforms() -> tuple[Any, ...]:
