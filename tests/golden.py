@@ -134,7 +134,6 @@ def _step(
     return model(tokens, positions, cache)
 
 
-# The compiled model step, shared by all tests.  Compiling is most of what they cost, and without
-# LLVM's optimiser it takes half the time: `step` is for the many shapes of cached runs.
-step = jax.jit(_step, compiler_options={"xla_backend_optimization_level": 0})
+# The compiled model step, shared by all tests; and as users run it (see tests/conftest.py).
+step = jax.jit(_step)
 optimized_step = jax.jit(_step, compiler_options={"xla_backend_optimization_level": 3})

@@ -1,13 +1,18 @@
 """mimo-tiny, loaded once for all tests of a process, which then share what it compiles."""
 
+import dataclasses
 import functools
-from unittest import mock
+import tempfile
+from pathlib import Path
+from typing import Any
 
-import jax
+from flax import nnx
 
 import mimo_jax as mj
 from mimo_jax import checkpoint
 from mimo_jax.api import load
+
+FOLDER = checkpoint.resolve("mimo-tiny")
 
 
 @functools.cache
@@ -19,11 +24,19 @@ def tiny() -> mj.LanguageModel:
 @functools.cache
 def exact() -> mj.LanguageModel:
     """The bundled model in float32, where rounding decides nothing."""
-    return language_model(checkpoint.load(checkpoint.resolve("mimo-tiny"), dtype="float32"))
+    return mj.LanguageModel(checkpoint.load(FOLDER, dtype="float32"))
 
 
-def language_model(loaded: checkpoint.Loaded) -> mj.LanguageModel:
-    """A model that is compiled without LLVM's optimiser, in half the time."""
-    quick = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-    with mock.patch.object(jax, "jit", quick):
-        return mj.LanguageModel(loaded)
+def two_layers(**options: Any) -> mj.LanguageModel:
+    """Its first layers only, full and dense, sliding and MoE: the others are like these.
+
+    Args:
+      options: of `mj.load`.
+    """
+    whole = checkpoint.load(FOLDER)
+    whole.model.layers = nnx.List(whole.model.layers[:2])
+    cut = dataclasses.replace(whole, config=whole.config.truncated(2), drafter=None)
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint.save(folder, cut)
+        checkpoint.copy_tokenizer(FOLDER, Path(folder))
+        return load(folder, **options)

@@ -1,14 +1,15 @@
 """Models whose weights are packed for kernels, interpreted on CPUs."""
 
-import dataclasses
 import functools
 import os
-import tempfile
+from unittest import mock
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
+from checkpoint.release_format import make_release
+from tiny import two_layers
 
 import mimo_jax as mj
 from mimo_jax import checkpoint
@@ -20,22 +21,14 @@ from pallas_kernels.backends import BackendError
 from pallas_kernels.packed import FP8Words, MXFP4Words, Packed
 
 IDS = np.arange(300, 310)[None]
-
-
-def load_two_layers(**options) -> mj.LanguageModel:
-    """The first layers of mimo-tiny, full and dense, sliding and MoE: the others repeat them."""
-    whole = checkpoint.load(checkpoint.resolve("mimo-tiny"))
-    whole.model.layers = nnx.List(whole.model.layers[:2])
-    config = whole.config.truncated(2)
-    with tempfile.TemporaryDirectory() as folder:
-        checkpoint.save(folder, dataclasses.replace(whole, config=config, drafter=None))
-        return mj.load(folder, **options)
+# Interpreted kernels of a model run longer than it takes to optimise them a little.
+OPTIMIZED = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 1})
 
 
 @functools.cache
 def loaded(kernels: str = "reference", mesh: str | None = None, rules: str = "latency"):
-    with backends.interpreted():
-        return load_two_layers(kernels=kernels, mesh=mesh, rules=rules)
+    with backends.interpreted(), mock.patch.object(jax, "jit", OPTIMIZED):
+        return two_layers(kernels=kernels, mesh=mesh, rules=rules)
 
 
 @functools.cache
@@ -91,8 +84,10 @@ def test_greedy_tokens_of_kernels():
     ("kernels", "mesh"), [("triton", None), ("triton", "tensor=2"), ("mosaic_tpu", "tensor=2")]
 )
 def test_saving_packed_weights_writes_the_same_bytes(kernels, mesh, tmp_path):
-    mj.save_pretrained(loaded(), tmp_path / "plain")
-    mj.save_pretrained(loaded(kernels, mesh), tmp_path / "packed")
+    folder = make_release(intermediate_size=256).write(tmp_path / "release")
+    mj.save_pretrained(mj.load(folder), tmp_path / "plain")
+    with backends.interpreted():
+        mj.save_pretrained(mj.load(folder, kernels=kernels, mesh=mesh), tmp_path / "packed")
     names = sorted(os.listdir(tmp_path / "plain"))
     assert sorted(os.listdir(tmp_path / "packed")) == names
     for name in names:
@@ -125,11 +120,11 @@ def large_scale(lm) -> None:
 
 
 def test_weights_that_words_cannot_hold():
-    lm = load_two_layers()
+    lm = two_layers()
     large_scale(lm)
     with pytest.raises(BackendError, match=r"experts.*group scales that are too great"):
         pack_parameters(lm.model, ("triton",))
-    lm = load_two_layers()
+    lm = two_layers()
     large_scale(lm)
     pack_parameters(lm.model, ("triton", "reference"))
     held = [p.get_value() for _, p in parameters(lm.model)]
@@ -139,11 +134,11 @@ def test_weights_that_words_cannot_hold():
 
 def test_float32_falls_back_or_fails():
     with backends.interpreted():
-        auto = load_two_layers(kernels="auto", dtype="float32")
-        plain = load_two_layers(kernels="reference", dtype="float32")
+        auto = two_layers(kernels="auto", dtype="float32")
+        plain = two_layers(kernels="reference", dtype="float32")
         np.testing.assert_allclose(
             auto.logits(IDS), plain.logits(IDS), atol=1e-4 * float(jnp.abs(plain.logits(IDS)).max())
         )
-        explicit = load_two_layers(kernels="triton", dtype="float32")
+        explicit = two_layers(kernels="triton", dtype="float32")
         with pytest.raises(NotImplementedError, match="activations are float32"):
             explicit.logits(IDS)

@@ -94,16 +94,21 @@ def assert_same(got: np.ndarray, expected: np.ndarray) -> None:
 
 @pytest.mark.parametrize(("mesh", "rules"), layouts())
 def test_logits_and_tokens_equal_those_of_one_device(mesh, rules):
-    """Prefill and ten cached steps, ring and full cache, every row at once."""
+    """Prefill and ten cached steps, ring and full cache, every row at once.
+
+    Without a cache on meshes with all three axes, for each of the presets: attention differs there,
+    and it is split by heads and rows alone.
+    """
     where = placement(mesh, rules)
     logits, ids = on_one_device()
     m = where.place(model())
     with jax.set_mesh(where.mesh):
         got_logits, got_ids = greedy(m, where)
-        full = golden.step(m, rows(where, ids[:, :LENGTH]), None, None)[0]
+        if mesh.count("=") == 3:
+            full = golden.step(m, rows(where, ids[:, :LENGTH]), None, None)[0]
+            assert_same(np.asarray(full), logits)
     assert_same(got_logits, logits)
     np.testing.assert_array_equal(got_ids, ids)
-    assert_same(np.asarray(full), logits)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,8 @@ from pallas_kernels.moe.mosaic_tpu import Blocks
 definition = jax.jit(reference.moe)
 pack = jax.jit(columns.pack, static_argnames="native")
 MANY = Blocks(rows=16, up_columns=128, up_chunks=1, down_columns=128, down_chunks=1)
+# What these are about is nothing to kernels of sorted tokens, or another case has it too.
+ONLY_FEW = {"a few", "an odd number of experts", "as many as go without sorting"}
 
 
 @functools.partial(jax.jit, static_argnames="blocks")
@@ -35,10 +37,15 @@ def check(stacks, given, native=False, blocks=None):
     assert_close(got, expected)
 
 
-@pytest.mark.parametrize("blocks", [None, MANY], ids=["few", "many"])
 @pytest.mark.parametrize("case", cases.SMALL.values(), ids=cases.SMALL.keys())
-def test_against_the_reference(case, blocks):
-    check(cases.experts(case, 1), cases.tokens(case, 2), blocks=blocks)
+def test_few_tokens_against_the_reference(case):
+    check(cases.experts(case, 1), cases.tokens(case, 2))
+
+
+@pytest.mark.parametrize("name", [name for name in cases.SMALL if name not in ONLY_FEW])
+def test_many_tokens_against_the_reference(name):
+    case = cases.SMALL[name]
+    check(cases.experts(case, 1), cases.tokens(case, 2), blocks=MANY)
 
 
 @pytest.mark.parametrize("blocks", [None, MANY], ids=["few", "many"])

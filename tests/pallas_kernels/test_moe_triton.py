@@ -1,6 +1,7 @@
 """The kernels of few tokens and of routing, interpreted on a CPU."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from pallas_kernels.moe.triton import Config, Tiling
 BF16_ERROR = 5e-3
 pack = jax.jit(words.pack)
 definition = jax.jit(reference.moe)
+interpreted = jax.jit(functools.partial(triton.moe, interpret=True), static_argnames="config")
 
 
 def relative_error(got, expected) -> float:
@@ -24,7 +26,7 @@ def relative_error(got, expected) -> float:
 def test_against_the_reference(case):
     stacks, (x, weights, chosen) = cases.experts(case, 1), cases.tokens(case, 2)
     expected = definition(x.astype(jnp.float32), weights, chosen, *stacks)
-    got = triton.moe(x, weights, chosen, *map(pack, stacks), interpret=True)
+    got = interpreted(x, weights, chosen, *map(pack, stacks))
     assert got.dtype == jnp.float32
     assert relative_error(got, expected) < BF16_ERROR
 
@@ -34,18 +36,19 @@ def test_against_the_reference(case):
 )
 def test_tilings_agree(tiling):
     split = dataclasses.replace(tiling, splits=2)
-    case = cases.Case(5, 256, 256, 6, 4)
+    case = cases.Case(3, 256, 256, 4, 2)
     stacks, given = tuple(map(pack, cases.experts(case, 3))), cases.tokens(case, 4)
-    expected = triton.moe(*given, *stacks, interpret=True)
-    got = triton.moe(*given, *stacks, config=Config(tiling, tiling), interpret=True)
+    expected = interpreted(*given, *stacks)
+    got = interpreted(*given, *stacks, config=Config(tiling, tiling))
     np.testing.assert_allclose(got, expected, rtol=2e-2, atol=1e-2 * float(jnp.abs(got).max()))
     np.testing.assert_allclose(
-        triton.moe(*given, *stacks, config=Config(split, split), interpret=True),
+        interpreted(*given, *stacks, config=Config(split, split)),
         expected,
         atol=1e-2 * float(jnp.abs(expected).max()),
     )
-    wide = Config(tiling, Tiling(rows=128))
-    np.testing.assert_array_equal(triton.moe(*given, *stacks, config=wide, interpret=True), got)
+    if tiling.rows == 64:
+        wide = Config(tiling, Tiling(rows=128))
+        np.testing.assert_array_equal(interpreted(*given, *stacks, config=wide), got)
 
 
 @pytest.mark.parametrize("name", ["one token", "a few", "all to one expert", "experts elsewhere"])
@@ -53,8 +56,8 @@ def test_both_products_in_one_kernel(name):
     case = cases.SMALL[name]
     stacks, given = tuple(map(pack, cases.experts(case, 3))), cases.tokens(case, 4)
     config = Config(Tiling(), Tiling(rows=32), together=True)
-    got = triton.moe(*given, *stacks, config=config, interpret=True)
-    np.testing.assert_array_equal(got, triton.moe(*given, *stacks, interpret=True))
+    got = interpreted(*given, *stacks, config=config)
+    np.testing.assert_array_equal(got, interpreted(*given, *stacks))
 
 
 @pytest.mark.parametrize(

@@ -1,30 +1,34 @@
 """The Triton kernels of `moe` for many tokens, interpreted, against the reference."""
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from mimo_jax.quant import quantize_mxfp4
-from pallas_kernels.moe import reference, triton_many
+from pallas_kernels import words
+from pallas_kernels.moe import cases, reference, triton_many
 from pallas_kernels.moe.triton_many import Config, Tiling
-from pallas_kernels.words import pack
 
+pack = jax.jit(words.pack)
+definition = jax.jit(reference.moe)
 NARROW = Config(8, Tiling(64), Tiling(128))
 
 
+interpreted = jax.jit(functools.partial(triton_many.moe, interpret=True), static_argnames="config")
+
+
 def experts(count: int, width: int, dim: int):
-    keys = jax.random.split(jax.random.key(0), 3)
-    shapes = ((count, width, dim), (count, width, dim), (count, dim, width))
-    return [quantize_mxfp4(jax.random.normal(k, s) * 0.1) for k, s in zip(keys, shapes)]
+    return cases.experts(cases.Case(1, dim, width, count, 1), 0)
 
 
 def routing(tokens: int, top_k: int, dim: int, low: int, high: int):
-    keys = jax.random.split(jax.random.key(1), 3)
-    x = jax.random.normal(keys[0], (tokens, dim), jnp.bfloat16)
-    weights = jax.random.uniform(keys[1], (tokens, top_k))
-    return x, weights, jax.random.randint(keys[2], (tokens, top_k), low, high)
+    """Among experts low .. high - 1; a token may have one of them twice."""
+    x, weights, _ = cases.tokens(cases.Case(tokens, dim, 32, top_k, top_k), 1)
+    chosen = np.random.default_rng(2).integers(low, high, (tokens, top_k))
+    return x, weights, jnp.asarray(chosen, jnp.int32)
 
 
 def packed(stacks) -> list[Any]:
@@ -32,8 +36,8 @@ def packed(stacks) -> list[Any]:
 
 
 def check(x, weights, chosen, stacks, config):
-    y = triton_many.moe(x, weights, chosen, *packed(stacks), config=config, interpret=True)
-    expected = reference.moe(x.astype(jnp.float32), weights, chosen, *stacks)
+    y = interpreted(x, weights, chosen, *packed(stacks), config=config)
+    expected = definition(x.astype(jnp.float32), weights, chosen, *stacks)
     assert y.dtype == jnp.float32
     assert y.shape == expected.shape
     assert float(jnp.linalg.norm(y - expected) / jnp.linalg.norm(expected)) < 5e-3
