@@ -22,7 +22,7 @@ from mimo_jax.decoding.autoregressive import Decoder, bucket
 from mimo_jax.decoding.outputs import GenerationOutput, Metrics, Row
 from mimo_jax.decoding.sampling import SamplingParams, sample_seed
 from mimo_jax.model.backbone import MiMo
-from mimo_jax.model.packing import pack_parameters
+from mimo_jax.model.packing import use_kernels
 from pallas_kernels.backends import Target, resolve
 from pallas_kernels.mosaic_tpu import converts_e2m1
 from sharding import distributed
@@ -120,7 +120,7 @@ def _packed(loaded: checkpoint.Loaded, backends: Sequence[str], target: Target) 
     native = converts_e2m1(target)
     for module in (loaded.model, loaded.mtp, loaded.drafter):
         if module is not None:
-            pack_parameters(module, backends, native_e2m1=native)
+            use_kernels(module, backends, native_e2m1=native)
     return LanguageModel(loaded)
 
 

@@ -15,21 +15,22 @@ import dataclasses
 import functools
 import itertools
 import math
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import bench_attention
 import jax
 import jax.numpy as jnp
 import numpy as np
+from bench_jobs import Check, Job, error, n_calls, poison, supported, timed
 from circumstances import circumstances
 from rich.console import Console
 from rich.table import Table
 
 from pallas_kernels import backends, moe, packed, quantized_matmul
-from pallas_kernels.backends import REFERENCE, Implementation, Target
+from pallas_kernels.backends import REFERENCE, Target
 from pallas_kernels.formats import FP8Array, MXFP4Array
 from pallas_kernels.moe import cases as moe_cases
 from pallas_kernels.moe import reference as moe_reference
@@ -43,46 +44,6 @@ SCALE_BYTES = 119  # and 120, as in the releases
 MATMUL_BYTES = 4e8  # of weights to take in turn: more than a cache holds
 
 
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """Something to check and to time.
-
-    Attributes:
-      operation, case, backend: for the table.
-      program: several calls, jitted; returns its last activations and all of the first call.
-      args: of it.
-      calls: how many.
-      bytes, flops: of one call.
-      check: from the results of the first call to what the table says of them; None for plain XLA.
-    """
-
-    operation: str
-    case: str
-    backend: str
-    program: Any
-    args: tuple
-    calls: int
-    bytes: float
-    flops: float
-    check: Callable[..., dict[str, Any]] | None = None
-
-
-def timed(program: Any, args: tuple, calls: int, groups: int = 5) -> float:
-    """Seconds of a call: the median of several groups of runs of a compiled program."""
-    jax.block_until_ready(program(*args))
-    started = time.perf_counter()
-    jax.block_until_ready(program(*args))
-    runs = max(1, min(8, int(0.05 / (time.perf_counter() - started))))
-    times = []
-    for _ in range(groups):
-        started = time.perf_counter()
-        for _ in range(runs):
-            out = program(*args)
-        jax.block_until_ready(out)
-        times.append((time.perf_counter() - started) / runs / calls)
-    return statistics.median(times)
-
-
 def ceilings() -> dict[str, float]:
     """Bytes a second of a copy (read and written) and operations a second of a matrix product."""
     a = jax.random.bits(jax.random.key(0), (2**29,), jnp.uint32)
@@ -94,61 +55,56 @@ def ceilings() -> dict[str, float]:
     return {"copy_bytes_s": 2 * 4 * 2**29 / copy, "matmul_flops_s": 2 * n**3 / product}
 
 
-def poison(gib: int) -> None:
-    """Fills free memory with NaN, so that results which aren't written show."""
-    jax.block_until_ready([jnp.full(2**28, jnp.nan, jnp.float32) for _ in range(gib)])
-
-
-def error(got: Any, expected: Any) -> float:
-    """Relative error, by norm."""
-    got, expected = np.asarray(got, np.float32), np.asarray(expected)
-    return float(np.linalg.norm(got - expected) / np.linalg.norm(expected))
+def small_checks(args: argparse.Namespace, names: tuple[str, ...]) -> Iterator[Check]:
+    """Every small case of the experts and of products, by every kernel that can do it."""
+    pack = jax.jit(functools.partial(packed.pack, kernels=names))
+    for name, case in {**moe_cases.SMALL, **moe_cases.SORTED}.items():
+        if args.only not in f"moe {name}":
+            continue
+        stacks = [pack(w) for w in moe_cases.experts(case, args.seed)]
+        x, weights, chosen = moe_cases.tokens(case, args.seed)
+        for kernel in moe.IMPLEMENTATIONS:
+            if kernel.backend in names and not kernel.unsupported(x, chosen, stacks[0]):
+                given = (x, weights, chosen, *stacks)
+                yield Check("moe", name, kernel, moe_reference.moe, given)
+    for case in matmul_cases.AWKWARD:
+        if args.only not in f"quantized_matmul {case.name}":
+            continue
+        w = pack(matmul_cases.weights(case, args.seed))
+        for rows in case.rows:
+            x = matmul_cases.activations(case, rows, args.seed)
+            for kernel in quantized_matmul.IMPLEMENTATIONS:
+                if kernel.backend in names and not kernel.unsupported(x, w):
+                    label = ("quantized_matmul", f"{case.name} {rows}")
+                    yield Check(*label, kernel, matmul_reference.quantized_matmul, (x, w))
 
 
 def small_cases(args: argparse.Namespace, names: tuple[str, ...]) -> Iterator[dict[str, Any]]:
-    """Rows of the checks of every small case, by every kernel that can do it.
+    """Rows of the checks of every small case.
 
     The references are computed by the CPU, whose compiler is the fastest.
     """
     cpu, device = jax.devices("cpu")[0], jax.devices()[0]
-    pack = jax.jit(functools.partial(packed.pack, kernels=names))
-    todo: list[tuple[str, str, Implementation, Any, tuple]] = []
     with jax.default_device(cpu):
-        for name, case in {**moe_cases.SMALL, **moe_cases.SORTED}.items():
-            if args.only not in f"moe {name}":
-                continue
-            stacks = [pack(w) for w in moe_cases.experts(case, args.seed)]
-            x, weights, chosen = moe_cases.tokens(case, args.seed)
-            for kernel in moe.IMPLEMENTATIONS:
-                if kernel.backend in names and not kernel.unsupported(x, chosen, stacks[0]):
-                    given = (x, weights, chosen, *stacks)
-                    todo.append(("moe", name, kernel, moe_reference.moe, given))
-        for case in matmul_cases.AWKWARD:
-            if args.only not in f"quantized_matmul {case.name}":
-                continue
-            w = pack(matmul_cases.weights(case, args.seed))
-            for rows in case.rows:
-                x = matmul_cases.activations(case, rows, args.seed)
-                for kernel in quantized_matmul.IMPLEMENTATIONS:
-                    if kernel.backend in names and not kernel.unsupported(x, w):
-                        label = f"{case.name} {rows}"
-                        definition = matmul_reference.quantized_matmul
-                        todo.append(("quantized_matmul", label, kernel, definition, (x, w)))
+        todo = [*small_checks(args, names), *bench_attention.small_checks(args, names)]
 
-    def prepared(job: tuple) -> tuple[Any, Any, Any]:
-        *_, kernel, definition, given = job
+    def prepared(job: Check) -> tuple[Any, Any, Any]:
+        def exact(x: Any) -> Any:
+            return x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x
+
         with jax.default_device(cpu):
-            expected = jax.jit(definition)(given[0].astype(jnp.float32), *given[1:])
-        there = jax.device_put(given, device)
-        return jax.jit(kernel.call).lower(*there).compile(), there, expected
+            definition = jax.jit(functools.partial(job.definition, **job.options))
+            expected = definition(*jax.tree.map(exact, job.args))
+        there = jax.device_put(job.args, device)
+        call = functools.partial(job.kernel.call, **job.options)
+        return jax.jit(call).lower(*there).compile(), there, expected
 
     with ThreadPoolExecutor() as pool:
         for job, (program, there, expected) in zip(todo, pool.map(prepared, todo)):
             poison(1)
-            operation, name, kernel, *_ = job
-            form = kernel.call.__module__.rpartition(".")[2]  # some backends have two
-            row = {"operation": operation, "case": name, "backend": kernel.backend, "form": form}
-            yield {**row, "error": error(program(*there), expected)}
+            form = job.kernel.call.__module__.rpartition(".")[2]  # some backends have two
+            labels = {"operation": job.operation, "case": job.case, "backend": job.kernel.backend}
+            yield {**labels, "form": form, "error": error(program(*there), expected)}
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
@@ -202,12 +158,6 @@ def _renamed(weights: Any, kernels: tuple[str, ...]) -> Any:
     )
 
 
-def n_calls(read: float, flops: float) -> int:
-    """Calls a program: so many that the host, which takes some 0.3 ms to start one, keeps ahead."""
-    shortest = read / 3e12 + flops / 8e14  # on the fastest device we have measured
-    return min(24, max(3, math.ceil(2e-3 / shortest)))
-
-
 def chain(call: Callable[..., tuple], sets: int, calls: int) -> Any:
     """Calls one after the other, each with the next set of weights."""
 
@@ -222,11 +172,6 @@ def chain(call: Callable[..., tuple], sets: int, calls: int) -> Any:
         return x, first
 
     return jax.jit(program)
-
-
-def supported(implementations: Any, name: str, case: tuple) -> bool:
-    """Whether a backend has something for a case."""
-    return backends.choose(implementations, (name,), *case)[0] is not None
 
 
 def moe_jobs(args: argparse.Namespace, names: tuple[str, ...]) -> Iterator[list[Job]]:
@@ -341,6 +286,16 @@ def matmul_check(y: Any, *, x: Any, w: Any) -> dict[str, Any]:
     return {"error": error(y[some], _matmul(x[some].astype(jnp.float32), w))}
 
 
+def compiled(job: Job) -> Any:
+    """A job's program, or why what others made can't do it."""
+    try:
+        return job.program.lower(*job.args).compile()
+    except Exception as e:
+        if job.check is not None:
+            raise
+        return e
+
+
 def measure(args: argparse.Namespace, save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     """Checks and times everything; returns what is written as JSON.
 
@@ -351,12 +306,16 @@ def measure(args: argparse.Namespace, save: Callable[[dict[str, Any]], None]) ->
     names = tuple(n for n in backends.resolve("auto", Target.of()) if n != REFERENCE)
     result: dict[str, Any] = {"benchmark": "kernels", **circumstances(args)}
     result["ceilings"] = ceilings()
-    result["checks"], result["rows"] = [], []
-    for jobs in itertools.chain(moe_jobs(args, names), matmul_jobs(args, names)):
+    result["checks"], result["rows"], result["failed"] = [], [], []
+    kinds = (moe_jobs, matmul_jobs, bench_attention.decode_jobs, bench_attention.attention_jobs)
+    for jobs in itertools.chain.from_iterable(jobs_of(args, names) for jobs_of in kinds):
         with ThreadPoolExecutor() as pool:
-            programs = list(pool.map(lambda job: job.program.lower(*job.args).compile(), jobs))
+            programs = list(pool.map(compiled, jobs))
         for job, program in zip(jobs, programs):
             row = {k: getattr(job, k) for k in ("operation", "case", "backend", "bytes", "flops")}
+            if isinstance(program, Exception):
+                result["failed"].append({**row, "reason": str(program)[:300]})
+                continue
             if job.check is not None:
                 poison(4)
                 row |= job.check(*program(*job.args)[1])
@@ -403,6 +362,8 @@ def show(result: dict[str, Any]) -> None:
     )
     for row in bad:
         console.print(f"WRONG: {row}")
+    for row in result["failed"]:
+        console.print(f"not timed: {row['case']} by {row['backend']}: {row['reason']}")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

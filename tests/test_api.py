@@ -23,7 +23,7 @@ import mimo_jax as mj
 from mimo_jax import api, checkpoint
 from mimo_jax.api import LanguageModel
 from mimo_jax.decoding.sampling import SamplingParams
-from mimo_jax.model.attention import QUERY_BLOCK
+from pallas_kernels.attention.reference import QUERY_BLOCK
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=20)
 SAMPLED = SamplingParams(temperature=1.0, max_tokens=20, seed=7)

@@ -1,4 +1,4 @@
-"""Quantised parameters in the order that kernels want, and back."""
+"""A model made ready for kernels: which ones it may use, and its weights in their order."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import jax
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
+from mimo_jax.model.attention import Attention
 from mimo_jax.model.parameters import ParamSpec, parameters
 from mimo_jax.quant import FP8Array, MXFP4Array
 from pallas_kernels import packed
@@ -18,10 +19,10 @@ from sharding.mesh import use
 from sharding.types import entries, explicit_mesh
 
 
-def pack_parameters(
-    module: nnx.Module, kernels: Sequence[str], *, native_e2m1: bool = False
-) -> None:
-    """Repacks a module's quantised parameters one after the other, each in place of the original.
+def use_kernels(module: nnx.Module, kernels: Sequence[str], *, native_e2m1: bool = False) -> None:
+    """Has a module use kernels, and repacks its quantised parameters for them.
+
+    That happens one after the other, each in place of the original.
 
     Args:
       module: its parameters are replaced.
@@ -33,6 +34,9 @@ def pack_parameters(
       BackendError: they have to be packed and can't.
     """
     kernels = tuple(kernels)
+    for _, part in nnx.iter_modules(module):
+        if isinstance(part, Attention):
+            part.kernels = kernels
     if kernels == (REFERENCE,):
         return
     for _, param in parameters(module):

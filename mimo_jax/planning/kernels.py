@@ -10,13 +10,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mimo_jax.config import MiMoConfig
+from mimo_jax.config import LayerSpec, MiMoConfig
 from mimo_jax.model.backbone import MiMo
+from mimo_jax.model.cache import RING_SLACK
 from mimo_jax.model.packing import has_kernels
 from mimo_jax.model.parameters import ParamSpec
 from mimo_jax.model.random_weights import shapes
-from pallas_kernels import moe, packed, quantized_matmul
+from pallas_kernels import attention, decode_attention, moe, packed, quantized_matmul
 from pallas_kernels.backends import REFERENCE, Implementation, Target, choose, resolve, why_not
+from pallas_kernels.decode_attention.reference import MAX_QUERIES
 
 # Kinds of devices that need not be there, by the names of `sharding.devices`.
 TARGETS = {
@@ -38,15 +40,15 @@ class Choice:
     """What one operation uses for a range of numbers of tokens.
 
     Attributes:
-      operation: "moe" or "quantized_matmul".
-      weights: their name without the layer, format and shape.
-      tokens: the least and the most of TOKENS.
+      operation: "moe", "quantized_matmul", "attention" or "decode_attention".
+      what: of weights their name without the layer, format and shape; of attention its heads.
+      tokens: the least and the most of TOKENS; for attention, of a sequence.
       backend: what is used; None if nothing can do it.
       refused: the backends preferred to it, and why they aren't used.
     """
 
     operation: str
-    weights: str
+    what: str
     tokens: tuple[int, int]
     backend: str | None
     refused: tuple[tuple[str, str], ...]
@@ -55,24 +57,16 @@ class Choice:
 def kernel_choices(
     config: MiMoConfig, target: Target, kernels: str = "auto", tokens: Sequence[int] = TOKENS
 ) -> list[Choice]:
-    """What each kind of quantised weights of a model uses on one device.
+    """What each kind of quantised weights and of attention of a model uses on one device.
 
     Raises:
       BackendError: the device can't run these kernels.
     """
     allowed = resolve(kernels, target)
     found: dict[tuple[str, str], list[Choice]] = {}
-    for spec in _kinds(config):
-        case = functools.partial(_case, spec, config, allowed)
-        operation, implementations = (
-            ("moe", moe.IMPLEMENTATIONS)
-            if "{}" in spec.name
-            else ("quantized_matmul", quantized_matmul.IMPLEMENTATIONS)
-        )
-        weights = f"{_short(spec)} {spec.format} {list(spec.shape)}"
-        rows = found.setdefault((operation, weights), [])
-        for n in tokens:
-            rows.append(_choice(operation, weights, n, implementations, allowed, target, case(n)))
+    for what, n, operation, implementations, case in _cases(config, allowed, tokens):
+        choice = _choice(operation, what, n, implementations, allowed, target, case)
+        found.setdefault((operation, what), []).append(choice)
     return [choice for rows in found.values() for choice in _merged(rows)]
 
 
@@ -80,16 +74,43 @@ def show(choices: Sequence[Choice], target: Target) -> str:
     """The choices as text."""
     lines = [f"kernels on {target.kind}"]
     for previous, choice in zip([None, *choices], choices):
-        if previous is None or previous.weights != choice.weights:
-            lines.append(f"{choice.operation}: {choice.weights}")
+        if previous is None or _title(previous) != _title(choice):
+            lines.append(_title(choice))
         least, most = choice.tokens
         span = f"{least}" if least == most else f"{least} to {most}"
         name = "plain XLA" if choice.backend == REFERENCE else choice.backend or "nothing"
         lines.append(f"  {span} tokens: {name}")
         lines += [f"    not {name}: {reason}" for name, reason in choice.refused]
-    if not choices:
-        lines.append("the model has no quantised weights; all of it is plain XLA")
     return "\n".join(lines)
+
+
+def _title(choice: Choice) -> str:
+    return f"{choice.operation}: {choice.what}"
+
+
+def _cases(
+    config: MiMoConfig, allowed: tuple[str, ...], tokens: Sequence[int]
+) -> Iterator[tuple[str, int, str, Sequence[Implementation], tuple]]:
+    """What there is to do: to what and with how many tokens, which operation it is, its
+    implementations, and the shapes of its operands."""
+    for spec in _kinds(config):
+        what = f"{_short(spec)} {spec.format} {list(spec.shape)}"
+        for n in tokens:
+            case = _of_weights(spec, config, allowed, n)
+            if "{}" in spec.name:
+                yield what, n, "moe", moe.IMPLEMENTATIONS, case
+            else:
+                yield what, n, "quantized_matmul", quantized_matmul.IMPLEMENTATIONS, case
+    for layer in dict.fromkeys(dataclasses.replace(s, index=0, moe=False) for s in config.layers):
+        heads = f"{layer.num_heads} heads of {layer.head_dim}/{layer.v_head_dim}"
+        seen = "all positions" if layer.window is None else f"a window of {layer.window}"
+        what = f"{heads}, {layer.num_kv_heads} KV heads, {seen}"
+        for n in tokens:
+            case = _of_attention(layer, config, n)
+            if n <= MAX_QUERIES:
+                yield what, n, "decode_attention", decode_attention.IMPLEMENTATIONS, case
+            else:
+                yield what, n, "attention", attention.IMPLEMENTATIONS, case
 
 
 def _kinds(config: MiMoConfig) -> Iterator[ParamSpec]:
@@ -116,10 +137,12 @@ def _short(spec: ParamSpec) -> str:
     return "experts" if "{}" in name else name[-1]
 
 
-def _case(spec: ParamSpec, config: MiMoConfig, allowed: Sequence[str], tokens: int) -> tuple:
+def _of_weights(
+    spec: ParamSpec, config: MiMoConfig, allowed: tuple[str, ...], tokens: int
+) -> tuple:
     held = shapes(spec, config.dtype)
-    if allowed != (REFERENCE,) and has_kernels(spec, tuple(allowed)):
-        held = jax.eval_shape(functools.partial(packed.pack, kernels=tuple(allowed)), held)
+    if allowed != (REFERENCE,) and has_kernels(spec, allowed):
+        held = jax.eval_shape(functools.partial(packed.pack, kernels=allowed), held)
     x = jax.ShapeDtypeStruct((tokens, spec.shape[-1]), jnp.dtype(config.dtype))
     if "{}" not in spec.name:
         return x, held
@@ -127,9 +150,21 @@ def _case(spec: ParamSpec, config: MiMoConfig, allowed: Sequence[str], tokens: i
     return x, chosen, held
 
 
+def _of_attention(layer: LayerSpec, config: MiMoConfig, tokens: int) -> tuple:
+    if layer.window is None:
+        keys = max(TOKENS)
+    else:
+        keys = layer.window + (RING_SLACK if tokens <= MAX_QUERIES else tokens)
+    kv, group = layer.num_kv_heads, layer.num_heads // layer.num_kv_heads
+    q, k = (1, tokens, kv, group, layer.head_dim), (1, keys, kv, layer.head_dim)
+    v = (1, keys, kv, layer.v_head_dim)
+    dtype = jnp.dtype(config.dtype)
+    return (*(jax.ShapeDtypeStruct(shape, dtype) for shape in (q, k, v)), layer.window)
+
+
 def _choice(
     operation: str,
-    weights: str,
+    what: str,
     tokens: int,
     implementations: Sequence[Implementation],
     allowed: Sequence[str],
@@ -142,7 +177,7 @@ def _choice(
     reasons = dict(item for item in refused if item[0] != backend)
     for name in reasons.keys() - set(allowed):
         reasons[name] = why_not(name, target) or "not among the kernels asked for"
-    return Choice(operation, weights, (tokens, tokens), backend, tuple(reasons.items()))
+    return Choice(operation, what, (tokens, tokens), backend, tuple(reasons.items()))
 
 
 def _merged(rows: Sequence[Choice]) -> list[Choice]:

@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 
 from mimo_jax.config import MiMoConfig
-from mimo_jax.model.attention import QUERY_BLOCK
 from mimo_jax.model.cache import CACHE_AXES, init_cache
 from mimo_jax.model.placement import Placement
 from mimo_jax.planning.inventory import Placed, layer_kinds
 from mimo_jax.planning.steps import qkv_rows
+from pallas_kernels.attention.reference import QUERY_BLOCK
 from pallas_kernels.moe.reference import GATHER_PAIRS, TILE_BYTES
 from sharding import plan
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.einsum import einsum32
+
+# Scores of so many tokens are held at a time, so that long prompts never need T x S memory.
+QUERY_BLOCK = 256
 
 
 def visible(
@@ -47,11 +51,34 @@ def attention(
       window: a token sees that many positions, its own included; None for all.
 
     Returns:
-      In q's dtype; computed in float32.
+      In q's dtype; sums are in float32.
     """
-    sizes = (q.shape[1], k.shape[1])
-    seen = visible(first_query, first_key, newest, sizes, window=window)
-    return attend(q, k, v, seen, sink)
+    t, s = q.shape[1], k.shape[1]
+    if t <= QUERY_BLOCK:
+        seen = visible(first_query, first_key, newest, (t, s), window=window)
+        return attend(q, k, v, seen, sink)[0]
+    blocks = -(-t // QUERY_BLOCK)
+    q = jnp.pad(q, ((0, 0), (0, blocks * QUERY_BLOCK - t), *[(0, 0)] * 3))
+    # A block of tokens with a window looks only at the keys that it can reach.
+    reach = s if window is None else min(s, QUERY_BLOCK + window - 1)
+
+    def block(i: Int[Array, ""]) -> Array:
+        start = i * QUERY_BLOCK
+        tokens = jax.lax.dynamic_slice_in_dim(q, start, QUERY_BLOCK, 1)
+        first = first_query + start
+        keys, values, begin = k, v, first_key
+        if reach < s:
+            at = jnp.clip(first - (window or 0) + 1 - first_key, 0, s - reach)
+            keys, values, begin = _rows(k, at, reach), _rows(v, at, reach), first_key + at
+        seen = visible(first, begin, newest, (QUERY_BLOCK, reach), window=window)
+        return attend(tokens, keys, values, seen, sink)[0]
+
+    out = jax.lax.map(block, jnp.arange(blocks))
+    return jnp.moveaxis(out, 0, 1).reshape(q.shape[0], -1, *out.shape[3:])[:, :t]
+
+
+def _rows(x: Float[Array, "B S K H"], first: Int[Array, " B"], count: int) -> Array:
+    return jax.vmap(lambda a, i: jax.lax.dynamic_slice_in_dim(a, i, count))(x, first)
 
 
 def attend(
@@ -60,14 +87,15 @@ def attend(
     v: Float[Array, "B S K V"],
     seen: Bool[Array, "B T S"],
     sink: Float[Array, "K G"] | None,
-) -> Float[Array, "B T K G V"]:
+) -> tuple[Float[Array, "B T K G V"], Float[Array, "B K G T S"]]:
     """Softmax attention over the keys that each token sees; zeros if there are none.
 
-    In q's dtype; computed in float32.
+    Returns:
+      In q's dtype, and the weights in float32, which sum to less than 1 with a sink.
     """
     scores = einsum32("btkgh,bskh->bkgts", q, k) * q.shape[-1] ** -0.5
     weights = softmax(jnp.where(seen[:, None, None], scores, -jnp.inf), sink)
-    return einsum32("bkgts,bskv->btkgv", weights, v.astype(jnp.float32)).astype(q.dtype)
+    return einsum32("bkgts,bskv->btkgv", weights.astype(v.dtype), v).astype(q.dtype), weights
 
 
 def softmax(

@@ -7,6 +7,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.attention.reference import attend
 
+MAX_QUERIES = 16  # tokens a sequence that the operation is made for
+
 
 def slot_positions(newest: Int[Array, " B"], slots: int, *, ring: bool) -> Int[Array, "B S"]:
     """The position each slot holds when `newest` is the last one written (-1: none yet).
@@ -20,12 +22,12 @@ def slot_positions(newest: Int[Array, " B"], slots: int, *, ring: bool) -> Int[A
     return newest[:, None] - (newest[:, None] - slot) % slots
 
 
-def visible(
-    positions: Int[Array, "B T"], slots: int, *, window: int | None, causal: bool
+def visible_slots(
+    positions: Int[Array, "B T"], sizes: tuple[int, int], *, window: int | None, causal: bool = True
 ) -> Bool[Array, "B T S"]:
-    """Which slots each token sees."""
+    """Which of S slots each of T tokens sees; see `decode_attention`."""
     newest = positions.max(axis=1)
-    held = slot_positions(newest, slots, ring=window is not None)[:, None]
+    held = slot_positions(newest, sizes[1], ring=window is not None)[:, None]
     own = positions[:, :, None]
     seen = (held >= 0) & (held <= (own if causal else newest[:, None, None])) & (own >= 0)
     return seen if window is None else seen & (held > own - window)
@@ -53,7 +55,8 @@ def decode_attention(
       causal: a token sees no later one; otherwise all tokens of the call see each other.
 
     Returns:
-      In q's dtype; computed in float32.
+      In q's dtype; sums are in float32.
     """
-    seen = visible(positions, k.shape[1], window=window, causal=causal)
-    return attend(q, k, v, seen, sink)
+    sizes = (q.shape[1], k.shape[1])
+    seen = visible_slots(positions, sizes, window=window, causal=causal)
+    return attend(q, k, v, seen, sink)[0]

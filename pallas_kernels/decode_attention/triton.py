@@ -19,9 +19,9 @@ from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.attention import online_softmax
+from pallas_kernels.decode_attention.reference import MAX_QUERIES
 from pallas_kernels.filling import up
 
-MAX_QUERIES = 16
 MAX_ROWS = 256
 MAX_AT_ONCE = 256  # positions of a window
 MIN_ROWS = MIN_KEYS = 16  # that a matrix instruction has

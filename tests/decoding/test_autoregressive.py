@@ -19,9 +19,9 @@ from mimo_jax import checkpoint
 from mimo_jax.decoding import autoregressive, sampling
 from mimo_jax.decoding.autoregressive import STEPS, Block, Decoder, bucket, expanded
 from mimo_jax.decoding.sampling import SamplingParams
-from mimo_jax.model.attention import QUERY_BLOCK
 from mimo_jax.model.cache import RING_SLACK, init_cache
 from mimo_jax.quant import QuantizedArray
+from pallas_kernels.attention.reference import QUERY_BLOCK
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
 SAMPLED = dataclasses.replace(GREEDY, temperature=1.0)

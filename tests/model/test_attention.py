@@ -1,35 +1,42 @@
-import functools
+from typing import Any
 
 import golden
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attention_loop import loop
 from goldens import recipe
 from hypothesis import given
 from hypothesis import strategies as st
 from jaxprs import equations
 
 from mimo_jax.config import MiMoConfig
-from mimo_jax.model.attention import QUERY_BLOCK, Attention, attend, attend_in_blocks
+from mimo_jax.model.attention import Attention
+from mimo_jax.model.cache import LayerCache, write
+from mimo_jax.model.cached_attention import cached_attention
 from mimo_jax.model.parameters import random_init
 from mimo_jax.model.taps import Taps
+from pallas_kernels.attention.reference import QUERY_BLOCK, attend
 
 
 def attend_by_head(q, k, v, q_positions, k_positions, window=None, sink=None):
-    """`attend` with query heads in a row, q [B, T, N, H] and sink [N], and results likewise."""
-    out, weights = attend(
-        *_grouped(q, k), v, q_positions, k_positions, window=window, sink=_grouped_sink(sink, k)
-    )
+    """`attend` by position, with query heads in a row: q [B, T, N, H] and sink [N], and results
+    likewise."""
+    distance = q_positions[:, :, None] - k_positions[:, None, :]
+    seen = (k_positions[:, None, :] >= 0) & (distance >= 0)
+    if window is not None:
+        seen &= distance < window
+    out, weights = attend(*_grouped(q, k), v, seen, _grouped_sink(sink, k))
     by_head = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
     return out.reshape(*q.shape[:3], -1), weights.reshape(by_head)
 
 
-def blocks_by_head(q, k, v, q_positions, k_positions, window=None, sink=None):
-    out = attend_in_blocks(
-        *_grouped(q, k), v, q_positions, k_positions, window=window, sink=_grouped_sink(sink, k)
-    )
-    return out.reshape(*q.shape[:3], -1)
+def without_cache(q, k, v, positions, window=None, sink=None):
+    sink = _grouped_sink(sink, k)
+    q, k = _grouped(q, k)
+    out, _ = cached_attention(q, k, v, positions, None, None, sink, window=window)
+    return out.reshape(*q.shape[:2], -1, out.shape[-1])
 
 
 def _grouped(q, k):
@@ -41,34 +48,7 @@ def _grouped_sink(sink, k):
 
 
 jit_attend = jax.jit(attend_by_head, static_argnames="window")
-jit_blocks = jax.jit(blocks_by_head, static_argnames="window")
-
-
-def loop(
-    q, k, v, q_positions, k_positions, window=None, sink=None
-) -> tuple[np.ndarray, np.ndarray]:
-    """`attend` in float64, one query and head at a time (MODEL_SPEC 2.7 to 2.9)."""
-    q, k, v = (np.asarray(a, np.float64) for a in (q, k, v))
-    batch, t, heads, dim = q.shape
-    groups = heads // k.shape[2]
-    out = np.zeros((batch, t, heads, v.shape[-1]))
-    weights = np.zeros((batch, heads, t, k.shape[1]))
-    for b, i, h in np.ndindex(batch, t, heads):
-        at = q_positions[b, i]
-        seen = [
-            j
-            for j, p in enumerate(k_positions[b])
-            if 0 <= p <= at and (window is None or at - p < window)
-        ]
-        scores = np.array([q[b, i, h] @ k[b, j, h // groups] for j in seen]) / np.sqrt(dim)
-        logits = scores if sink is None else np.append(scores, float(sink[h]))
-        if not seen:
-            continue
-        p = np.exp(logits - logits.max())
-        p = (p / p.sum())[: len(seen)]
-        weights[b, h, i, seen] = p
-        out[b, i, h] = p @ v[b, seen, h // groups]
-    return out, weights
+jit_without_cache = jax.jit(without_cache, static_argnames="window")
 
 
 def random_qkv(rng, batch=2, t=5, s=7, heads=4, kv=2, dim=6, v_dim=3, spread=1.0):
@@ -176,10 +156,10 @@ def test_bfloat16_softmax_is_computed_in_float32():
     np.testing.assert_allclose(np.asarray(out, np.float32), expected, atol=0.02)
 
 
-# -- blocks of queries ----------------------------------------------------------------------------
+# -- with and without a cache ---------------------------------------------------------------------
 
 B = QUERY_BLOCK
-LENGTHS = [1, B - 1, B, B + 1, 2 * B, 2 * B + 1]
+LENGTHS = [1, B - 1, B, B + 1, 2 * B + 1]
 
 
 def positions(length: int, kind: str) -> np.ndarray:
@@ -187,7 +167,7 @@ def positions(length: int, kind: str) -> np.ndarray:
     row = np.arange(length)
     padded = {
         "right": np.where(row < length - length // 3, row, -1),
-        "left": np.where(row >= length // 3, row - length // 3, -1),
+        "left": np.where(row >= length // 3, row + 7, -1),
         "empty": np.full(length, -1),
     }[kind]
     return np.stack([row + 3, padded])
@@ -198,32 +178,60 @@ def positions(length: int, kind: str) -> np.ndarray:
     [(length, window) for length in LENGTHS for window in (None, 100)]
     + [(B + 1, 1), (B + 1, B), (2 * B + 1, B + 200)],
 )
-def test_blocks_equal_attend(length, window):
+def test_tokens_without_a_cache(length, window):
     rng = np.random.default_rng(length)
     q, k, v = random_qkv(rng, t=length, s=length, heads=2, kv=1, dim=4)
     sink = jnp.asarray([1.0, -1.0]) if window else None
     for kind in ("right", "left", "empty"):
         at = jnp.asarray(positions(length, kind))
-        got = jit_blocks(q, k, v, at, at, window=window, sink=sink)
+        got = jit_without_cache(q, k, v, at, window=window, sink=sink)
         expected = jit_attend(q, k, v, at, at, window=window, sink=sink)[0]
-        assert got.shape == expected.shape
-        np.testing.assert_allclose(got, expected, atol=1e-6)
+        there = np.asarray(at) >= 0
+        np.testing.assert_allclose(got[there], expected[there], atol=1e-6)
+        assert np.isfinite(got).all()
 
 
-@pytest.mark.parametrize("window", [None, 20, B + 10])
-def test_blocks_after_a_ring_in_any_order(window):
-    """Keys before the queries' own: shuffled, some slots empty, some beyond the window."""
-    rng = np.random.default_rng(7)
-    length, ring = B + 30, 40
-    q, k, v = random_qkv(rng, t=length, s=ring + length, heads=2, kv=1, dim=4)
-    at = np.where(np.arange(length) < length - 5, 33 + np.arange(length), -1)
-    before = rng.permutation(np.arange(33 - ring, 33))  # seven of them negative: never written
-    own = np.stack([at, at])
-    keys = np.concatenate([np.stack([before, before[::-1]]), own], axis=1)
-    sink = None if window is None else jnp.asarray([0.5, 3.0])
-    args = (q, k, v, jnp.asarray(own), jnp.asarray(keys))
-    got = jit_blocks(*args, window=window, sink=sink)
-    np.testing.assert_allclose(got, jit_attend(*args, window=window, sink=sink)[0], atol=1e-6)
+@pytest.mark.parametrize("window", [None, 20])
+@pytest.mark.parametrize("length", [5, 21, B + 30])
+@pytest.mark.parametrize("padding", ["none", "left", "right"])
+def test_tokens_after_a_cache(length, window, padding):
+    """The tokens' own keys and the earlier ones, wherever the cache has them, and padding."""
+    rng = np.random.default_rng(length)
+    first, heads = (33, 2), {"heads": 2, "kv": 1, "dim": 4}
+    total = max(first) + length
+    _, k, v = random_qkv(rng, t=1, s=total, **heads)
+    q, _, _ = random_qkv(rng, t=length, s=1, **heads)
+    slots = total if window is None else window + 8
+    at = np.array(first)[:, None] + np.arange(length)
+    if padding == "left":
+        at[:, : length // 3] = -1
+    elif padding == "right":
+        at[:, length - length // 3 :] = -1
+    earlier = at.max(axis=1, initial=0, where=at >= 0) + 1 - (at >= 0).sum(axis=1)
+    cache = LayerCache(jnp.zeros((2, slots, 1, 4)), jnp.zeros((2, slots, 1, 3)))
+    ring = window is not None
+    for i in range(max(earlier)):  # one after the other, as if they were decoded
+        here = jnp.where(i < earlier, i, -1)[:, None]
+        cache = write(cache, k[:, i : i + 1], v[:, i : i + 1], here, ring=ring)
+    own = np.maximum(at, 0)[..., None, None]
+    new_k, new_v = (jnp.take_along_axis(a, own, axis=1) for a in (k, v))
+    at = jnp.asarray(at)
+    after = write(cache, new_k, new_v, at, ring=ring)
+    sink = None if window is None else jnp.asarray([[0.5, 3.0]])
+    run: Any = jax.jit(cached_attention, static_argnames=("window", "with_weights"))
+    args = (q[:, :, None], new_k, new_v, at, cache, after, sink)
+    got, _ = run(*args, window=window)
+    keys = jnp.broadcast_to(jnp.arange(total), (2, total))
+    by_head = None if sink is None else sink[0]
+    expected, weights = jit_attend(q, k, v, at, keys, window=window, sink=by_head)
+    there = np.asarray(at) >= 0
+    np.testing.assert_allclose(got[:, :, 0][there], expected[there], atol=1e-6)
+    same, seen = run(*args, window=window, with_weights=True)
+    np.testing.assert_allclose(same[:, :, 0][there], expected[there], atol=1e-6)
+    for got_row, row in zip(
+        np.moveaxis(seen[:, 0], 1, 2)[there], np.moveaxis(weights, 1, 2)[there]
+    ):
+        np.testing.assert_allclose(np.sort(got_row)[:, -20:], np.sort(row)[:, -20:], atol=1e-6)
 
 
 def test_long_prompts_never_hold_all_scores():
@@ -233,8 +241,11 @@ def test_long_prompts_never_hold_all_scores():
     shapes = (jax.ShapeDtypeStruct((1, length, 1, 1, 4), jnp.float32), keys, keys)
     at = jax.ShapeDtypeStruct((1, length), jnp.int32)
     for window in (None, 128):
-        f = functools.partial(attend_in_blocks, window=window)
-        sizes = [v.aval.size for e in equations(f, *shapes, at, at) for v in e.outvars]
+
+        def f(q, k, v, at, window=window):
+            return cached_attention(q, k, v, at, None, None, None, window=window)[0]
+
+        sizes = [v.aval.size for e in equations(f, *shapes, at) for v in e.outvars]
         keys = length if window is None else window - 1 + B
         assert max(sizes) <= max(B * keys, length * 8)
 

@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mimo_jax.config import MiMoConfig
-from mimo_jax.model.attention import QUERY_BLOCK
 from mimo_jax.model.backbone import MiMo
 from mimo_jax.model.cache import KVCache, LayerCache, init_cache, write
+from pallas_kernels.attention.reference import QUERY_BLOCK
 from pallas_kernels.decode_attention.reference import slot_positions
 
 SLACK = 8

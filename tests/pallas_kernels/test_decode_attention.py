@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attention_loop import assert_is_the_loop
 
-from mimo_jax.model import attention
 from pallas_kernels import backends
 from pallas_kernels import decode_attention as operation
 from pallas_kernels.decode_attention import cases, reference, triton
@@ -27,16 +27,15 @@ def of_float32(given, options):
 
 
 @pytest.mark.parametrize("name", [n for n, c in cases.SMALL.items() if c.causal])
-def test_the_definition_is_the_models(name):
+def test_the_definition(name):
     case = cases.SMALL[name]
     given, options = cases.arrays(case, 1)
-    q, k, v, positions = (a.astype(jnp.float32) if a.ndim > 2 else a for a in given)
+    q, k, v = (np.asarray(a, np.float32) for a in given[:3])
+    positions = given[3]
     ring = case.window is not None
     at = reference.slot_positions(positions.max(axis=1), case.slots, ring=ring)
-    sink = options.get("sink")
-    expected = attention.attend(q, k, v, positions, at, window=case.window, sink=sink)[0]
-    atol = 1e-6 * float(jnp.abs(expected).max())
-    np.testing.assert_allclose(of_float32(given, options), expected, atol=atol)
+    given_loop = (q, k, v, np.asarray(positions), np.asarray(at))
+    assert_is_the_loop(of_float32(given, options), case, given_loop, options.get("sink"))
 
 
 @pytest.mark.parametrize("case", cases.SMALL.values(), ids=cases.SMALL.keys())
@@ -75,7 +74,8 @@ def test_keys_of_a_window_shared_out():
 def test_slots_that_are_not_seen_do_not_count(name):
     case = cases.SMALL[name]
     (q, k, v, positions), options = cases.arrays(case, 4)
-    seen = reference.visible(positions, case.slots, window=case.window, causal=True).any(axis=1)
+    sizes = (case.queries, case.slots)
+    seen = reference.visible_slots(positions, sizes, window=case.window).any(axis=1)
     assert not seen.all()
     unseen = ~seen[:, :, None, None]
     other = jnp.where(unseen, 1e4, k), jnp.where(unseen, -1e4, v)

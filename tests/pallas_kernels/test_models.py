@@ -13,7 +13,7 @@ from tiny import two_layers
 
 import mimo_jax as mj
 from mimo_jax import checkpoint
-from mimo_jax.model.packing import pack_parameters
+from mimo_jax.model.packing import use_kernels
 from mimo_jax.model.parameters import parameters
 from mimo_jax.quant import FP8Array, MXFP4Array
 from pallas_kernels import backends
@@ -97,7 +97,7 @@ def test_saving_packed_weights_writes_the_same_bytes(kernels, mesh, tmp_path):
 
 def test_packed_weights_are_not_converted(tmp_path):
     whole = checkpoint.load(checkpoint.resolve("mimo-tiny"))
-    pack_parameters(whole.model, ("triton", "reference"))
+    use_kernels(whole.model, ("triton", "reference"))
     with pytest.raises(checkpoint.CheckpointError, match=r'kernels="reference"'):
         checkpoint.convert(whole, tmp_path / "new")
     assert not list(tmp_path.iterdir())
@@ -123,10 +123,10 @@ def test_weights_that_words_cannot_hold():
     lm = two_layers()
     large_scale(lm)
     with pytest.raises(BackendError, match=r"experts.*group scales that are too great"):
-        pack_parameters(lm.model, ("triton",))
+        use_kernels(lm.model, ("triton",))
     lm = two_layers()
     large_scale(lm)
-    pack_parameters(lm.model, ("triton", "reference"))
+    use_kernels(lm.model, ("triton", "reference"))
     held = [p.get_value() for _, p in parameters(lm.model)]
     assert sum(isinstance(v, MXFP4Array) for v in held) == 1
     assert any(isinstance(v, MXFP4Words) for v in held)
