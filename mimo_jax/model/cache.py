@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array
 
 from mimo_jax.config import LayerSpec, MiMoConfig
 from mimo_jax.model.placement import Placement
@@ -92,31 +92,3 @@ def init_cache(
         )
 
     return KVCache(tuple(layer(s) for s in config.layers), max_len, slack)
-
-
-def write(
-    cache: LayerCache,
-    k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K V"],
-    positions: Int[Array, "B T"],
-    *,
-    ring: bool,
-) -> LayerCache:
-    """Stores the keys and values of T new tokens in their slots.
-
-    Tokens at negative positions are padding and are not stored, nor are those that later tokens
-    of the same call would overwrite.  The caller keeps positions below a full layer's capacity.
-    """
-    slots = cache.k.shape[1]
-    if ring:
-        newest = positions.max(axis=1, keepdims=True)
-        kept = (positions >= 0) & (positions > newest - slots)
-        slot = jnp.where(kept, positions % slots, slots)
-    else:
-        slot = jnp.where(positions >= 0, positions, slots)
-
-    @jax.vmap  # over the rows: batched scatters need no hint of how rows are sharded
-    def put(old: Array, slot: Array, new: Array) -> Array:
-        return old.at[slot].set(new.astype(old.dtype), mode="drop")
-
-    return LayerCache(put(cache.k, slot, k), put(cache.v, slot, v))

@@ -1,13 +1,14 @@
-"""Attention of new tokens over a layer's cache, on any mesh: a device has some rows and heads.
+"""Attention over a layer's cache, on any mesh: each device has some rows and some heads.
 
-Few tokens look at the cache as it lies, after their own keys and values have been written to it.
-Many tokens need keys in the order of their positions, which a full layer's cache has by itself; of
-a ring, in which so many tokens overwrite what the first of them still have to see, the window that
-precedes them is put before their own keys.
+A few tokens are stored first and then look at the cache's slots as they lie.  Many tokens need keys
+in the order of their positions, which a full layer's cache has by itself; of a ring, in which so
+many overwrite what the first of them still have to see, the window that precedes them is put before
+their own keys.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,91 +23,140 @@ from pallas_kernels.attention.reference import attend, visible
 from pallas_kernels.backends import REFERENCE
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.decode_attention.reference import MAX_QUERIES, visible_slots
-from sharding.types import entries, explicit_mesh
+from pallas_kernels.rotate_and_store import Heads, rotate_and_store
+from pallas_kernels.rotate_and_store.reference import split, store
+from sharding.types import Entry, entries, explicit_mesh, reshard
 
 
 def cached_attention(
-    q: Float[Array, "B T K G H"],
-    k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K V"],
+    fused: Float[Array, "B T C R"],
     positions: Int[Array, "B T"],
-    before: LayerCache | None,
-    after: LayerCache | None,
+    cache: LayerCache | None,
     sink: Float[Array, "K G"] | None,
     *,
+    heads: Heads,
     window: int | None,
+    group: Entry = None,
     kernels: Sequence[str] = (REFERENCE,),
     with_weights: bool = False,
-) -> tuple[Float[Array, "B T K G V"], Float[Array, "B K G T S"] | None]:
-    """Causal softmax attention over what the cache holds and the tokens themselves.
+) -> tuple[Float[Array, "B T K G V"], LayerCache | None, Float[Array, "B K G T S"] | None]:
+    """Causal softmax attention over what a cache holds and the tokens themselves.
 
     Args:
-      q, k, v: of the tokens; G query heads for each KV head.
+      fused: the tokens' queries, keys and values as they were projected, in C chunks of rows.
       positions: increasing by one along a row, and negative for padding at its ends.
-      before, after: the layer's cache without and with the tokens; None if they are all there is.
+      cache: the layer's; None if the tokens are all there is.
       sink: a logit a query head that takes part in the normaliser (MODEL_SPEC 2.9).
+      heads: what a chunk consists of.
       window: positions that a token sees, its own included, and the cache is a ring; None for all.
+      group: mesh axes that share out the query heads of a KV head.
       kernels: backends that may be used.
       with_weights: whether to return the weights too, which are then computed in plain jnp.
 
     Returns:
-      The output in q's dtype (undefined for padding), and float32 weights over the S keys that were
-      looked at, or None.
+      The output in the dtype of `fused` (undefined for padding), the cache with the tokens in it,
+      and float32 weights over the S keys that were looked at, or None.
     """
+    ring, t = window is not None, fused.shape[1]
+    rows = P(*entries(fused)[:3])
+    look: Callable[..., Any]
+    if cache is not None and _fits_slots(t, cache, window):
+        into = functools.partial(rotate_and_store, heads=heads, ring=ring, kernels=kernels)
+        q, *new = on_mesh(into, rows, fused, positions, cache.k, cache.v)
+        cache = LayerCache(*new)
+        look, held = _at_slots, (cache,)
+    else:
+        q, k, v = on_mesh(functools.partial(split, heads=heads), rows, fused, positions)
+        look, held = _in_order, (k, v, cache)
+        if cache is not None:
+            put = functools.partial(store, ring=ring)
+            pairs = ((cache.k, k), (cache.v, v))
+            cache = LayerCache(*(on_mesh(put, rows, *pair, positions) for pair in pairs))
+            held = (*held, cache)
+    q = reshard(q, *rows, group)
+    by_head = (*rows[2:], group)
+    weights = P(rows[0], *by_head) if with_weights else None
+    look = functools.partial(look, window=window, kernels=kernels, with_weights=with_weights)
+    out, weights = on_mesh(look, (P(*rows, group), weights), q, positions, sink, *held)
+    return out, cache, weights
 
-    def local(q: Array, k: Array, v: Array, positions: Array, *held: Any) -> tuple[Array, Any]:
-        before, after, sink = held
-        operation: Callable[..., Array]
-        seen: Callable[..., Array]
-        if after is not None and _looks_at_slots(k, after, window):
-            keys, values, rows = after.k, after.v, (positions,)
-            operation, seen = decode_attention, visible_slots
-        else:
-            keys, values, rows = _in_order(k, v, positions, before, after, window)
-            operation, seen = attention, visible
-        if with_weights:
-            sizes = (q.shape[1], keys.shape[1])
-            return attend(q, keys, values, seen(*rows, sizes, window=window), sink)
-        return operation(q, keys, values, *rows, sink=sink, window=window, kernels=kernels), None
 
-    arrays = (q, k, v, positions, before, after, sink)
-    if explicit_mesh(q) is None:
-        return local(*arrays)
-    batch, tokens, *heads = entries(q)[:4]
+def on_mesh(f: Callable[..., Any], out_specs: Any, *arrays: Any) -> Any:
+    """f of arrays, or of each device's parts of them; its results are placed as `out_specs` say."""
+    if explicit_mesh(jax.tree.leaves(arrays)[0]) is None:
+        return f(*arrays)
     return jax.shard_map(
-        local,
+        f,
         in_specs=jax.tree.map(lambda a: P(*entries(a)), arrays),
-        out_specs=(P(batch, tokens, *heads), P(batch, *heads) if with_weights else None),
+        out_specs=out_specs,
         check_vma=False,  # kernels are not typed by what varies
     )(*arrays)
 
 
-def _looks_at_slots(k: Array, cache: LayerCache, window: int | None) -> bool:
-    t, slots = k.shape[1], cache.k.shape[1]
-    return t <= MAX_QUERIES and (window is None or window + t - 1 <= slots)
+def _fits_slots(t: int, cache: LayerCache, window: int | None) -> bool:
+    """Whether a cache still has all that t tokens see once they are stored."""
+    return t <= MAX_QUERIES and (window is None or window + t - 1 <= cache.k.shape[1])
+
+
+def _at_slots(
+    q: Array, positions: Array, sink: Any, cache: LayerCache, *, window: int | None, **options: Any
+) -> tuple[Array, Array | None]:
+    """Attention of tokens that are in the cache already."""
+    kernels, with_weights = options["kernels"], options["with_weights"]
+    if with_weights:
+        seen = visible_slots(positions, (q.shape[1], cache.k.shape[1]), window=window)
+        return attend(q, cache.k, cache.v, seen, sink)
+    y = decode_attention(q, cache.k, cache.v, positions, window=window, sink=sink, kernels=kernels)
+    return y, None
 
 
 def _in_order(
+    q: Array,
+    positions: Array,
+    sink: Any,
     k: Array,
     v: Array,
-    positions: Int[Array, "B T"],
-    before: LayerCache | None,
-    after: LayerCache | None,
+    before: LayerCache | None = None,
+    after: LayerCache | None = None,
+    *,
     window: int | None,
-) -> tuple[Array, Array, tuple[Int[Array, " B"], Int[Array, " B"], Int[Array, " B"]]]:
-    """Successive keys and values, and the positions of the first token, first key and last token.
-
-    The first of T tokens may be padding: what position it would have is negative or another's.
-    """
+    kernels: Sequence[str],
+    with_weights: bool,
+) -> tuple[Array, Array | None]:
+    """Attention over successive keys, of which the tokens' own are the last."""
     there = positions >= 0
     padding = jnp.argmax(there, axis=1).astype(positions.dtype)  # before a row's first token
     newest = positions.max(axis=1)
     first = newest - there.sum(axis=1, dtype=positions.dtype) + 1
+    # Positions of the first of T tokens, which may be padding, of the first key and the last token.
     if before is None or after is None:
-        # Counted from the first token, before which there is nothing to see.
-        return k, v, (-padding, -padding, newest - first)
-    if window is None:
-        return after.k, after.v, (first - padding, jnp.zeros_like(first), newest)
+        # Counted from the first real token, before which there is nothing to see.
+        spans = (-padding, -padding, newest - first)
+    elif window is None:
+        k, v, spans = after.k, after.v, (first - padding, jnp.zeros_like(first), newest)
+    else:
+        k, v = (
+            _after_window(ring, own, first, padding, window)
+            for ring, own in ((before.k, k), (before.v, v))
+        )
+        spans = (first - padding, first - padding - window, newest)
+    if with_weights:
+        seen = visible(*spans, (q.shape[1], k.shape[1]), window=window)
+        return attend(q, k, v, seen, sink)
+    return attention(q, k, v, *spans, sink, window=window, kernels=kernels), None
+
+
+def _after_window(
+    ring: Float[Array, "B R K _"],
+    own: Float[Array, "B T K _"],
+    first: Int[Array, " B"],
+    padding: Int[Array, " B"],
+    window: int,
+) -> Float[Array, "B _ K _"]:
+    """The tokens' own keys or values after those of the positions before them.
+
+    One more than a window has, so that sizes stay round; they take the place of padding.
+    """
 
     @jax.vmap
     def joined(ring: Array, own: Array, first: Array, padding: Array) -> Array:
@@ -114,5 +164,4 @@ def _in_order(
         own = jnp.pad(own.astype(ring.dtype), ((window, 0), (0, 0), (0, 0)))
         return jax.lax.dynamic_update_slice_in_dim(own, earlier, padding, 0)
 
-    keys, values = (joined(*a, first, padding) for a in ((before.k, k), (before.v, v)))
-    return keys, values, (first - padding, first - padding - window, newest)
+    return joined(ring, own, first, padding)

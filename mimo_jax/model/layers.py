@@ -1,4 +1,4 @@
-"""Norms, linear maps, rotary embedding and the dense feed-forward (MODEL_SPEC 2.3, 2.6, 2.11)."""
+"""Norms, linear maps and the dense feed-forward (MODEL_SPEC 2.3, 2.11)."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from mimo_jax.model.packed_linear import packed_linear
 from mimo_jax.model.parameters import Format, Make, ParamSpec, declare
@@ -97,29 +96,3 @@ def declare_sink(make: Make, name: str, kv_heads: int, group: int) -> nnx.Param:
         stored_shape=(kv_heads * group,),
     )
     return declare(make, spec)
-
-
-def rotary_angles(
-    positions: Int[Array, "B T"], rotary_dim: int, theta: float
-) -> tuple[Float[Array, "B T half"], Float[Array, "B T half"]]:
-    """cos and sin of position / theta^(2i / rotary_dim), float32 (MODEL_SPEC 2.6).
-
-    The exponent's denominator is the rotary width, not the head width.  Frequencies are computed
-    on the host, so that no backend's pow can shift the angles of large positions.
-    """
-    inv_freq = jnp.asarray(theta ** -(np.arange(0, rotary_dim, 2) / rotary_dim), jnp.float32)
-    angles = positions[..., None].astype(jnp.float32) * inv_freq
-    return jnp.cos(angles), jnp.sin(angles)
-
-
-def apply_rotary(
-    x: Float[Array, "B T *heads H"],
-    cos: Float[Array, "B T half"],
-    sin: Float[Array, "B T half"],
-) -> Float[Array, "B T *heads H"]:
-    """Rotates the leading 2 * half dimensions of each head, pairing i with i + half (NeoX)."""
-    half = cos.shape[-1]
-    over_heads = tuple(range(2, x.ndim - 1))
-    cos, sin = (jnp.expand_dims(a, over_heads).astype(x.dtype) for a in (cos, sin))
-    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)

@@ -16,6 +16,7 @@ from mimo_jax import checkpoint
 from mimo_jax.checkpoint.qkv import aligned, kv_scale_rows
 from mimo_jax.model.parameters import QKVRows, parameters
 from mimo_jax.quant import FP8Array, MXFP4Array
+from pallas_kernels.rotate_and_store.reference import split
 
 FORMATS: dict[str, dict[str, Any]] = {
     "fused TP-interleaved FP8, MXFP4 experts": {},
@@ -67,7 +68,8 @@ def test_projections_use_the_right_rows(name: str, tmp_path: Path) -> None:
     # At position 0 rotary embedding is the identity.
     positions = jnp.zeros((1, 2), jnp.int32)
     for i, layer in enumerate(loaded.model.layers):
-        found = layer.self_attn.project(jnp.asarray(x), positions)
+        attention = layer.self_attn
+        found = split(attention.projected(jnp.asarray(x)), positions, attention.heads)
         for part, got in zip("qkv", found, strict=True):
             w = release.weights[f"model.layers.{i}.self_attn.{part}"].astype(np.float64)
             expected = (x @ w.T) * (np.float32(0.707) if part == "v" else 1)

@@ -1,5 +1,3 @@
-from typing import Any
-
 import golden
 import jax
 import jax.numpy as jnp
@@ -13,11 +11,13 @@ from jaxprs import equations
 
 from mimo_jax.config import MiMoConfig
 from mimo_jax.model.attention import Attention
-from mimo_jax.model.cache import LayerCache, write
+from mimo_jax.model.cache import LayerCache
 from mimo_jax.model.cached_attention import cached_attention
 from mimo_jax.model.parameters import random_init
 from mimo_jax.model.taps import Taps
 from pallas_kernels.attention.reference import QUERY_BLOCK, attend
+from pallas_kernels.rotate_and_store import Heads
+from pallas_kernels.rotate_and_store.reference import split, store
 
 
 def attend_by_head(q, k, v, q_positions, k_positions, window=None, sink=None):
@@ -32,11 +32,13 @@ def attend_by_head(q, k, v, q_positions, k_positions, window=None, sink=None):
     return out.reshape(*q.shape[:3], -1), weights.reshape(by_head)
 
 
-def without_cache(q, k, v, positions, window=None, sink=None):
-    sink = _grouped_sink(sink, k)
-    q, k = _grouped(q, k)
-    out, _ = cached_attention(q, k, v, positions, None, None, sink, window=window)
-    return out.reshape(*q.shape[:2], -1, out.shape[-1])
+def from_heads(q, k, v, positions, cache=None, window=None, sink=None, with_weights=False):
+    """`cached_attention` of heads in a row that aren't rotated; a sink [N]."""
+    heads = Heads(k.shape[2], q.shape[2] // k.shape[2], q.shape[-1], v.shape[-1], 0, 1.0, None)
+    fused = jnp.concatenate([a.reshape(*a.shape[:2], 1, -1) for a in (q, k, v)], axis=-1)
+    options = {"heads": heads, "window": window, "with_weights": with_weights}
+    out, _, weights = cached_attention(fused, positions, cache, _grouped_sink(sink, k), **options)
+    return out.reshape(*q.shape[:3], -1), weights
 
 
 def _grouped(q, k):
@@ -48,7 +50,7 @@ def _grouped_sink(sink, k):
 
 
 jit_attend = jax.jit(attend_by_head, static_argnames="window")
-jit_without_cache = jax.jit(without_cache, static_argnames="window")
+jit_from_heads = jax.jit(from_heads, static_argnames=("window", "with_weights"))
 
 
 def random_qkv(rng, batch=2, t=5, s=7, heads=4, kv=2, dim=6, v_dim=3, spread=1.0):
@@ -184,7 +186,7 @@ def test_tokens_without_a_cache(length, window):
     sink = jnp.asarray([1.0, -1.0]) if window else None
     for kind in ("right", "left", "empty"):
         at = jnp.asarray(positions(length, kind))
-        got = jit_without_cache(q, k, v, at, window=window, sink=sink)
+        got = jit_from_heads(q, k, v, at, window=window, sink=sink)[0]
         expected = jit_attend(q, k, v, at, at, window=window, sink=sink)[0]
         there = np.asarray(at) >= 0
         np.testing.assert_allclose(got[there], expected[there], atol=1e-6)
@@ -212,38 +214,35 @@ def test_tokens_after_a_cache(length, window, padding):
     ring = window is not None
     for i in range(max(earlier)):  # one after the other, as if they were decoded
         here = jnp.where(i < earlier, i, -1)[:, None]
-        cache = write(cache, k[:, i : i + 1], v[:, i : i + 1], here, ring=ring)
+        both = ((cache.k, k), (cache.v, v))
+        cache = LayerCache(*(store(old, a[:, i : i + 1], here, ring=ring) for old, a in both))
     own = np.maximum(at, 0)[..., None, None]
     new_k, new_v = (jnp.take_along_axis(a, own, axis=1) for a in (k, v))
     at = jnp.asarray(at)
-    after = write(cache, new_k, new_v, at, ring=ring)
-    sink = None if window is None else jnp.asarray([[0.5, 3.0]])
-    run: Any = jax.jit(cached_attention, static_argnames=("window", "with_weights"))
-    args = (q[:, :, None], new_k, new_v, at, cache, after, sink)
-    got, _ = run(*args, window=window)
+    sink = None if window is None else jnp.asarray([0.5, 3.0])
+    args = (q, new_k, new_v, at, cache)
+    got, _ = jit_from_heads(*args, window=window, sink=sink)
     keys = jnp.broadcast_to(jnp.arange(total), (2, total))
-    by_head = None if sink is None else sink[0]
-    expected, weights = jit_attend(q, k, v, at, keys, window=window, sink=by_head)
+    expected, weights = jit_attend(q, k, v, at, keys, window=window, sink=sink)
     there = np.asarray(at) >= 0
-    np.testing.assert_allclose(got[:, :, 0][there], expected[there], atol=1e-6)
-    same, seen = run(*args, window=window, with_weights=True)
-    np.testing.assert_allclose(same[:, :, 0][there], expected[there], atol=1e-6)
-    for got_row, row in zip(
-        np.moveaxis(seen[:, 0], 1, 2)[there], np.moveaxis(weights, 1, 2)[there]
-    ):
-        np.testing.assert_allclose(np.sort(got_row)[:, -20:], np.sort(row)[:, -20:], atol=1e-6)
+    np.testing.assert_allclose(got[there], expected[there], atol=1e-6)
+    same, seen = jit_from_heads(*args, window=window, sink=sink, with_weights=True)
+    np.testing.assert_allclose(same[there], expected[there], atol=1e-6)
+    # In whichever order and wherever the keys lie.
+    seen, weights = (np.sort(np.moveaxis(a, 2, 1)[there]) for a in (seen[:, 0], weights))
+    np.testing.assert_allclose(seen[..., -20:], weights[..., -20:], atol=1e-6)
 
 
 def test_long_prompts_never_hold_all_scores():
     """No array of a windowed prefill has T x S elements."""
     length = 8 * B
     keys = jax.ShapeDtypeStruct((1, length, 1, 4), jnp.float32)
-    shapes = (jax.ShapeDtypeStruct((1, length, 1, 1, 4), jnp.float32), keys, keys)
+    shapes = (keys, keys, keys)
     at = jax.ShapeDtypeStruct((1, length), jnp.int32)
     for window in (None, 128):
 
         def f(q, k, v, at, window=window):
-            return cached_attention(q, k, v, at, None, None, None, window=window)[0]
+            return from_heads(q, k, v, at, window=window)[0]
 
         sizes = [v.aval.size for e in equations(f, *shapes, at) for v in e.outvars]
         keys = length if window is None else window - 1 + B
@@ -268,8 +267,8 @@ def test_trap_1_chunked_rows_give_the_heads_in_their_order(layer):
     """The rows' interleaving changes nothing but memory (MODEL_SPEC 5.2, quirk B)."""
     x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 6, 32)), jnp.float32)
     at = jnp.arange(6)[None]
-    plain = attention(1, layer).project(x, at)
-    for got, expected in zip(attention(2, layer).project(x, at), plain, strict=True):
+    heads = [split(a.projected(x), at, a.heads) for a in (attention(2, layer), attention(1, layer))]
+    for got, expected in zip(*heads, strict=True):
         np.testing.assert_allclose(got, expected, atol=1e-6)
 
 

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 
 from mimo_jax.config import MiMoConfig
 from mimo_jax.model.backbone import MiMo
-from mimo_jax.model.cache import KVCache, LayerCache, init_cache, write
+from mimo_jax.model.cache import KVCache, LayerCache, init_cache
 from pallas_kernels.attention.reference import QUERY_BLOCK
 from pallas_kernels.decode_attention.reference import slot_positions
+from pallas_kernels.rotate_and_store.reference import store
 
 SLACK = 8
 LENGTH = 48
@@ -89,7 +90,7 @@ def test_no_slack_is_enough_without_rejections():
 
 @pytest.mark.parametrize("window", [5, 128])
 def test_prompts_longer_than_a_query_block(window):
-    """They go through `attend_in_blocks`, with an empty and with a filled ring before them."""
+    """They go through it in blocks, with an empty and with a filled ring before them."""
     widths = (QUERY_BLOCK + 44, 20, QUERY_BLOCK + 44)
     assert_same(run_all(window, widths), parallel(window, sum(widths)))
 
@@ -203,7 +204,8 @@ def write_positions(cache: LayerCache, positions: Sequence[Sequence[int]], ring:
     """Writes each token's position as its key and value; returns what each slot's value is."""
     at = jnp.asarray(positions, jnp.int32)
     numbers = at.astype(jnp.float32)[..., None, None]
-    written = write(cache, jnp.tile(numbers, 2), numbers, at, ring=ring)
+    new = ((cache.k, jnp.tile(numbers, 2)), (cache.v, numbers))
+    written = LayerCache(*(store(old, a, at, ring=ring) for old, a in new))
     np.testing.assert_array_equal(written.k[..., 0], written.v[..., 0])
     return np.asarray(written.v[..., 0, 0]).astype(int).tolist()
 

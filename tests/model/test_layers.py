@@ -6,9 +6,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from mimo_jax.model.layers import MLP, RMSNorm, apply_rotary, contract, linear, rotary_angles
+from mimo_jax.model.layers import MLP, RMSNorm, contract, linear
 from mimo_jax.model.parameters import ParamSpec, abstract, declare, parameters, random_init
 from mimo_jax.quant import FP8Array, numpy_dequantize, quantize_fp8, quantize_mxfp4
+from pallas_kernels.rotate_and_store.reference import apply_rotary, rotary_angles
 
 BF16 = ml_dtypes.bfloat16
 
