@@ -21,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import bench_attention
+import bench_step
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -86,7 +87,8 @@ def small_cases(args: argparse.Namespace, names: tuple[str, ...]) -> Iterator[di
     """
     cpu, device = jax.devices("cpu")[0], jax.devices()[0]
     with jax.default_device(cpu):
-        todo = [*small_checks(args, names), *bench_attention.small_checks(args, names)]
+        parts = (small_checks, bench_attention.small_checks, bench_step.small_checks)
+        todo = [check for part in parts for check in part(args, names)]
 
     def prepared(job: Check) -> tuple[Any, Any, Any]:
         def exact(x: Any) -> Any:
@@ -104,7 +106,8 @@ def small_cases(args: argparse.Namespace, names: tuple[str, ...]) -> Iterator[di
             poison(1)
             form = job.kernel.call.__module__.rpartition(".")[2]  # some backends have two
             labels = {"operation": job.operation, "case": job.case, "backend": job.kernel.backend}
-            yield {**labels, "form": form, "error": error(program(*there), expected)}
+            pairs = zip(*map(jax.tree.leaves, (program(*there), expected)))
+            yield {**labels, "form": form, "error": max(error(*pair) for pair in pairs)}
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
@@ -307,7 +310,10 @@ def measure(args: argparse.Namespace, save: Callable[[dict[str, Any]], None]) ->
     result: dict[str, Any] = {"benchmark": "kernels", **circumstances(args)}
     result["ceilings"] = ceilings()
     result["checks"], result["rows"], result["failed"] = [], [], []
-    kinds = (moe_jobs, matmul_jobs, bench_attention.decode_jobs, bench_attention.attention_jobs)
+    kinds = (
+        *(moe_jobs, matmul_jobs, bench_step.jobs),
+        *(bench_attention.decode_jobs, bench_attention.attention_jobs),
+    )
     for jobs in itertools.chain.from_iterable(jobs_of(args, names) for jobs_of in kinds):
         with ThreadPoolExecutor() as pool:
             programs = list(pool.map(compiled, jobs))

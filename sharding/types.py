@@ -48,6 +48,24 @@ def reshard(x: jax.Array, *dimensions: Entry) -> jax.Array:
     return x if target is None or wanted == entries(x) else jax.reshard(x, target)
 
 
+def on_mesh(f: Callable[..., Any], out_specs: Any, *arrays: Any) -> Any:
+    """f of arrays, each device doing its own parts of them.
+
+    Args:
+      f: works on any part by itself.
+      out_specs: how its results are split, in `PartitionSpec`s.
+      arrays: in any pytrees.
+    """
+    if explicit_mesh(jax.tree.leaves(arrays)[0]) is None:
+        return f(*arrays)
+    return jax.shard_map(
+        f,
+        in_specs=jax.tree.map(lambda a: PartitionSpec(*entries(a)), arrays),
+        out_specs=out_specs,
+        check_vma=False,  # kernels and loops are not typed by what varies
+    )(*arrays)
+
+
 def by_rows(f: Callable[..., Any], *args: Any) -> Any:
     """f of arrays [B, ...] whose rows it treats one by one, each device doing its own rows.
 
@@ -55,11 +73,7 @@ def by_rows(f: Callable[..., Any], *args: Any) -> Any:
     top-k and what is built of them.  Only the first dimension may be split, for all arrays alike,
     and f has to return arrays [B, ...] as well.
     """
-    first = jax.tree.leaves(args)[0]
-    if explicit_mesh(first) is None:
-        return f(*args)
-    rows = PartitionSpec(entries(first)[0])
-    return jax.shard_map(f, in_specs=rows, out_specs=rows, check_vma=False)(*args)
+    return on_mesh(f, PartitionSpec(entries(jax.tree.leaves(args)[0])[0]), *args)
 
 
 def replicated(tree: Any) -> Any:

@@ -25,7 +25,7 @@ from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.decode_attention.reference import MAX_QUERIES, visible_slots
 from pallas_kernels.rotate_and_store import Heads, rotate_and_store
 from pallas_kernels.rotate_and_store.reference import split, store
-from sharding.types import Entry, entries, explicit_mesh, reshard
+from sharding.types import Entry, entries, on_mesh, reshard
 
 
 def cached_attention(
@@ -79,18 +79,6 @@ def cached_attention(
     look = functools.partial(look, window=window, kernels=kernels, with_weights=with_weights)
     out, weights = on_mesh(look, (P(*rows, group), weights), q, positions, sink, *held)
     return out, cache, weights
-
-
-def on_mesh(f: Callable[..., Any], out_specs: Any, *arrays: Any) -> Any:
-    """f of arrays, or of each device's parts of them; its results are placed as `out_specs` say."""
-    if explicit_mesh(jax.tree.leaves(arrays)[0]) is None:
-        return f(*arrays)
-    return jax.shard_map(
-        f,
-        in_specs=jax.tree.map(lambda a: P(*entries(a)), arrays),
-        out_specs=out_specs,
-        check_vma=False,  # kernels are not typed by what varies
-    )(*arrays)
 
 
 def _fits_slots(t: int, cache: LayerCache, window: int | None) -> bool:

@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 from pallas_kernels.backends import REFERENCE
 from pallas_kernels.moe import moe, route, scores
 from sharding import collectives
-from sharding.types import axes_of, entries, explicit_mesh
+from sharding.types import axes_of, entries, explicit_mesh, on_mesh
 
 
 def route_on_mesh(
@@ -45,12 +45,8 @@ def route_on_mesh(
         first, second, third = (a.reshape(*x.shape[:-1], -1) for a in (of_all, *chosen))
         return first, second, third
 
-    if explicit_mesh(x) is None:
-        return local(x, router, bias)
-    rows = P(entries(x)[0])
     # XLA does not split its top-k by itself: it would bring all tokens to every device.
-    specs = {"in_specs": (rows, P(), P()), "out_specs": rows}
-    return jax.shard_map(local, **specs, check_vma=False)(x, router, bias)
+    return on_mesh(local, P(entries(x)[0]), x, router, bias)
 
 
 def moe_on_mesh(
@@ -81,13 +77,7 @@ def moe_on_mesh(
             y = _flat_moe(x, weights, chosen - _first_expert(gate, split), gate, up, down)
         return jax.lax.psum(y, summed) if summed else y
 
-    arrays = (x, weights, chosen, gate, up, down)
-    return jax.shard_map(
-        local,
-        in_specs=jax.tree.map(lambda a: P(*entries(a)), arrays),
-        out_specs=P(*entries(x)),
-        check_vma=False,  # loops over tiles and exchanges are not typed by what varies
-    )(*arrays)
+    return on_mesh(local, P(*entries(x)), x, weights, chosen, gate, up, down)
 
 
 def _flat_moe(x: Array, weights: Array, chosen: Array, gate: Any, up: Any, down: Any) -> Array:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from mimo_jax.model.packed_linear import packed_linear
 from mimo_jax.model.parameters import Format, Make, ParamSpec, declare
 from mimo_jax.quant import dequantize
+from pallas_kernels.backends import REFERENCE
 from pallas_kernels.einsum import einsum32
 from pallas_kernels.packed import Packed
-from sharding.types import entries, sharding
+from pallas_kernels.rms_norm import rms_norm
+from sharding.types import entries, on_mesh, sharding
 
 
 def linear(x: Float[Array, "*b D"], w: Any, *, like: Array | None = None) -> Float[Array, "*b *F"]:
@@ -42,17 +45,17 @@ def contract(equation: str, *operands: Array, like: Array | None = None) -> Arra
 
 
 class RMSNorm(nnx.Module):
-    """Root-mean-square norm; the weight multiplies after the cast back (MODEL_SPEC 2.3)."""
+    """Root-mean-square norm (MODEL_SPEC 2.3) by one of `kernels` (`mimo_jax.model.packing`)."""
 
     def __init__(self, dim: int, eps: float, name: str, make: Make):
         self.eps = eps
+        self.kernels: tuple[str, ...] = (REFERENCE,)
         self.weight = declare(make, ParamSpec(f"{name}.weight", (dim,), ("norm",), init="ones"))
 
     def __call__(self, x: Float[Array, "*b D"]) -> Float[Array, "*b D"]:
         """Normalises the last dimension in float32; returns x's dtype."""
-        x32 = x.astype(jnp.float32)
-        scale = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
-        return (x32 * scale).astype(x.dtype) * self.weight[...].astype(x.dtype)
+        norm = functools.partial(rms_norm, eps=self.eps, kernels=self.kernels)
+        return on_mesh(norm, P(*entries(x)), x, self.weight[...])
 
 
 class MLP(nnx.Module):

@@ -11,6 +11,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from mimo_jax.model.attention import Attention
+from mimo_jax.model.layers import RMSNorm
 from mimo_jax.model.parameters import ParamSpec, parameters
 from mimo_jax.quant import FP8Array, MXFP4Array
 from pallas_kernels import packed
@@ -35,7 +36,7 @@ def use_kernels(module: nnx.Module, kernels: Sequence[str], *, native_e2m1: bool
     """
     kernels = tuple(kernels)
     for _, part in nnx.iter_modules(module):
-        if isinstance(part, Attention):
+        if isinstance(part, Attention | RMSNorm):
             part.kernels = kernels
     if kernels == (REFERENCE,):
         return

@@ -81,7 +81,7 @@ def add(
 def finish(sums: Sums, sink: Any) -> Float[Array, "R V"]:
     """The weighted mean; a sink's logit [R] is in the normaliser.  Zeros where nothing was seen."""
     total, top, norm = sums
-    sink = sink * math.log2(math.e)
+    sink = sink.astype(jnp.float32) * math.log2(math.e)
     higher = jnp.maximum(top, sink)
     shrink = jnp.exp2(top - higher)
     norm = norm * shrink + jnp.exp2(sink - higher)

@@ -83,7 +83,7 @@ def attention(
         compiler_params=plt.CompilerParams(num_warps=config.warps, num_stages=config.stages),
         interpret=interpret,
         name="attention",
-    )(q, k, v, spans, sink.astype(jnp.float32))
+    )(q, k, v, spans, sink)
 
 
 def _kernel(

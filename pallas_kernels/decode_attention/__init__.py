@@ -8,11 +8,12 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import backends
 from pallas_kernels.backends import REFERENCE, Implementation
-from pallas_kernels.decode_attention import reference, triton
+from pallas_kernels.decode_attention import mosaic_tpu, reference, triton
 
 # Preferred first.
 IMPLEMENTATIONS = (
     Implementation("triton", triton.unsupported, triton.decode_attention),
+    Implementation("mosaic_tpu", mosaic_tpu.unsupported, mosaic_tpu.decode_attention),
     Implementation(REFERENCE, lambda *_: None, reference.decode_attention),
 )
 

@@ -95,7 +95,6 @@ def decode_attention(
     config = config or configure(batch, kv_heads, rows, slots, window)
     if sink is None:
         sink = jnp.full((kv_heads, group), -jnp.inf)
-    sink = sink.astype(jnp.float32)
     shape = _Shape(t, group, q.shape[-1], width, slots, window, causal)
     splits = config.splits
     out = jax.ShapeDtypeStruct((batch, t, kv_heads, group, width), q.dtype)

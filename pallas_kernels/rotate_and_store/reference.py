@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+MAX_SLICES = 128  # tokens that TPUs store one by one
+
 
 @dataclasses.dataclass(frozen=True)
 class Heads:
@@ -121,8 +123,21 @@ def store(
         kept = (positions >= 0) & (positions > newest - slots)
         slot = jnp.where(kept, positions % slots, slots)
 
-    @jax.vmap
-    def put(old: Array, slot: Array, new: Array) -> Array:
-        return old.at[slot].set(new.astype(old.dtype), mode="drop")
+    if positions.size > MAX_SLICES:
+        return _scattered(cache, slot, new)
+    return jax.lax.platform_dependent(cache, slot, new, tpu=_sliced, default=_scattered)
 
-    return put(cache, slot, new)
+
+@jax.vmap
+def _scattered(cache: Array, slot: Array, new: Array) -> Array:
+    return cache.at[slot].set(new.astype(cache.dtype), mode="drop")
+
+
+def _sliced(cache: Array, slot: Array, new: Array) -> Array:
+    """For TPUs, where XLA copies a whole cache into another layout for a scatter."""
+    for b, t in np.ndindex(*slot.shape):
+        at = (b, jnp.minimum(slot[b, t], cache.shape[1] - 1), 0, 0)
+        old = jax.lax.dynamic_slice(cache, at, (1, 1, *cache.shape[2:]))
+        put = jnp.where(slot[b, t] < cache.shape[1], new[b, t].astype(cache.dtype), old)
+        cache = jax.lax.dynamic_update_slice(cache, put, at)
+    return cache

@@ -15,9 +15,9 @@ from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.attention.online_softmax import parts
+from pallas_kernels.decode_attention.reference import MAX_QUERIES
 from pallas_kernels.rotate_and_store.reference import Heads, rotary_angles
 
-MAX_TOKENS = 16
 ANYWHERE = pl.BlockSpec(memory_space=pl.ANY)
 
 
@@ -26,8 +26,8 @@ def unsupported(fused: Any, k_cache: Any, heads: Heads) -> str | None:
     tokens, slots = fused.shape[1], k_cache.shape[1]
     if not fused.dtype == k_cache.dtype == jnp.bfloat16:
         return f"{fused.dtype} and a cache of {k_cache.dtype} are not both bfloat16"
-    if tokens > MAX_TOKENS:
-        return f"{tokens} tokens a sequence are more than {MAX_TOKENS}"
+    if tokens > MAX_QUERIES:
+        return f"{tokens} tokens a sequence are more than {MAX_QUERIES}"
     if not heads.rotary:
         return "no dimension is rotated"
     return f"{tokens} tokens are more than {slots} slots" if tokens > slots else None

@@ -39,6 +39,15 @@ def test_slots_of_other_tokens_stay_as_they_are():
         np.testing.assert_array_equal(changed, expected)
 
 
+@pytest.mark.parametrize("name", ["several tokens", "over a ring's end", "padding"])
+def test_slices_are_as_good_as_a_scatter(name):
+    (fused, positions, k, _), options = cases.arrays(cases.SMALL[name], 4)
+    _, new, _ = reference.split(fused, positions, options["heads"])
+    slot = jnp.where(positions >= 0, positions % k.shape[1], k.shape[1])
+    expected = reference.store(k, new, positions, ring=options["ring"])
+    np.testing.assert_array_equal(reference._sliced(k, slot, new), expected)
+
+
 @pytest.mark.parametrize(
     ("tokens", "slots", "dtype", "message"),
     [

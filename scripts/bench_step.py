@@ -1,0 +1,128 @@
+"""What a decoding step has between its great reads: a part of `python scripts/bench.py kernels`."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from bench_attention import chain
+from bench_jobs import Check, Job, error, supported
+
+from pallas_kernels import moe, rms_norm, rotate_and_store
+from pallas_kernels.backends import REFERENCE
+from pallas_kernels.moe import reference as moe_reference
+from pallas_kernels.rms_norm import reference as norm_reference
+from pallas_kernels.rotate_and_store import cases, reference
+
+EPS, TOP_K = 1e-5, 8
+DIM, EXPERTS, ROUTERS = 6144, 384, 13  # of Pro; 120 MB of routers to take in turn
+
+
+def small_checks(args: argparse.Namespace, names: tuple[str, ...]) -> Iterator[Check]:
+    """Every small case by every kernel that can do it."""
+    for name, case in cases.SMALL.items():
+        if args.only not in f"rotate_and_store {name}":
+            continue
+        given, options = cases.arrays(case, args.seed)
+        for kernel in rotate_and_store.IMPLEMENTATIONS:
+            able = not kernel.unsupported(given[0], given[2], case.heads)
+            if kernel.backend in names and able:
+                yield Check(
+                    "rotate_and_store", name, kernel, reference.rotate_and_store, given, options
+                )
+
+
+def jobs(args: argparse.Namespace, names: tuple[str, ...]) -> Iterator[list[Job]]:
+    """From a projection to queries and a cache; and norm, scores and choice of experts."""
+    for name, case in cases.REAL.items():
+        if args.only in f"rotate_and_store {name}":
+            yield list(_rotate_jobs(name, case, names, args.seed))
+    for rows in (1, 8):
+        name = f"norm and routing {rows}"
+        if args.only in name:
+            yield list(_routing_jobs(name, rows, names, args.seed))
+
+
+def _rotate_jobs(name: str, case: cases.Case, names: tuple[str, ...], seed: int) -> Iterator[Job]:
+    (fused, positions, *caches), options = cases.arrays(case, seed)
+    read = 2.0 * 2 * fused.size
+    check = functools.partial(_rotate_check, given=(fused, positions, *caches), options=options)
+    calls = 300
+    for backend in (*names, REFERENCE):
+        of_ours = backend != REFERENCE
+        kernel_case = (fused, caches[0], case.heads)
+        if of_ours and not supported(rotate_and_store.IMPLEMENTATIONS, backend, kernel_case):
+            continue
+
+        def program(fused: Any, positions: Any, k: Any, v: Any, backend: str = backend) -> Any:
+            def call(carry: Any) -> Any:
+                q, k, v = carry
+                now, _ = jax.lax.optimization_barrier((fused, q))
+                return rotate_and_store.rotate_and_store(
+                    now, positions, k, v, kernels=(backend,), **options
+                )
+
+            batch, tokens, chunks, _ = fused.shape
+            h = case.heads
+            shape = (batch, tokens, chunks * h.kv_heads, h.group, h.head)
+            first = call((jnp.zeros(shape, fused.dtype), k, v))
+            return jax.lax.fori_loop(1, calls, lambda _, carry: call(carry), first), first
+
+        given = (fused, positions, *caches)
+        label, checked = (backend, check) if of_ours else ("plain XLA", None)
+        yield Job(
+            *("rotate_and_store", name, label, jax.jit(program), given, calls, read, 0.0, checked)
+        )
+
+
+def _rotate_check(*results: Any, given: tuple, options: dict[str, Any]) -> dict[str, Any]:
+    exact = [a.astype(jnp.float32) if a.dtype == jnp.bfloat16 else a for a in given]
+    call = functools.partial(reference.rotate_and_store, **options)
+    pairs = zip(results, jax.jit(call)(*exact), strict=True)
+    return {"error": max(error(got, expected) for got, expected in pairs)}
+
+
+def _routing_jobs(name: str, rows: int, names: tuple[str, ...], seed: int) -> Iterator[Job]:
+    keys = jax.random.split(jax.random.key(seed), 3 + ROUTERS)
+    x = jax.random.normal(keys[0], (rows, DIM), jnp.bfloat16)
+    weight = 1 + 0.1 * jax.random.normal(keys[1], (DIM,), jnp.bfloat16)
+    bias = 0.01 * jax.random.normal(keys[2], (EXPERTS,))
+    routers = [jax.random.normal(key, (EXPERTS, DIM)) / math.sqrt(DIM) for key in keys[3:]]
+    check = functools.partial(_routing_check, x=x, weight=weight, bias=bias, router=routers[0])
+    read, flops = 4.0 * EXPERTS * DIM, 2.0 * rows * EXPERTS * DIM
+    for backend in (*names, REFERENCE):
+        if backend not in ("triton", REFERENCE):
+            continue
+
+        def call(x: Any, given: Any, router: Any, kernels: tuple[str, ...] = (backend,)) -> Any:
+            weight, bias = given
+            y = rms_norm.rms_norm(x, weight, eps=EPS, kernels=kernels)
+            scores = moe.scores(y, router, kernels=kernels)
+            options = {"normalize": True, "scale": None, "kernels": kernels}
+            return y, *moe.route(scores, bias, TOP_K, **options)
+
+        program, calls = chain(call, ROUTERS, 1e-5)
+        given = (x, (weight, bias), routers)
+        label, checked = (backend, check) if backend != REFERENCE else ("plain XLA", None)
+        yield Job("routing", name, label, program, given, calls, read, flops, checked)
+
+
+def _routing_check(results: Any, *, x: Any, weight: Any, bias: Any, router: Any) -> dict[str, Any]:
+    y, weights, chosen = results
+    exact = (x.astype(jnp.float32), weight.astype(jnp.float32))
+    expected = jax.jit(functools.partial(norm_reference.rms_norm, eps=EPS))(*exact)
+    options = {"normalize": True, "scale": None}
+    route = jax.jit(functools.partial(moe_reference.route, **options), static_argnums=2)
+    scores = jax.jit(moe_reference.scores)(y, router)
+    weights_expected, chosen_expected = route(scores, bias, TOP_K)
+    return {
+        "error": error(y, expected),
+        "other_experts": int(np.asarray(chosen != chosen_expected).any(axis=1).sum()),
+        "weights_error": error(weights, weights_expected),
+    }
