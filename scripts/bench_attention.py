@@ -302,10 +302,11 @@ def _others(name: str, case: cases.Case, pairs: float, seed: int) -> list[Job]:
     jobs = []
     each = 4.0 * case.head
     counts = (each * case.tokens * (heads + case.kv_heads), each * pairs * heads)
-    others = [("cuDNN, 192/192", cudnn)]
+    others = [("cuDNN, 192/192", cudnn, jnp.bfloat16)]
     if window is None:
-        others.append(("jax attention_mgpu, 192/192", mosaic))
-    for label, call in others:
+        others.append(("jax attention_mgpu, 192/192, float16", mosaic, jnp.float16))
+    for label, call, dtype in others:
         program, calls = chain(call, 1, seconds(*counts))
-        jobs.append(Job("attention", name, label, program, (q, None, held), calls, *counts))
+        given = jax.tree.map(lambda a, dtype=dtype: a.astype(dtype), (q, None, held))
+        jobs.append(Job("attention", name, label, program, given, calls, *counts))
     return jobs

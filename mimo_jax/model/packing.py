@@ -35,9 +35,7 @@ def use_kernels(module: nnx.Module, kernels: Sequence[str], *, native_e2m1: bool
       BackendError: they have to be packed and can't.
     """
     kernels = tuple(kernels)
-    for _, part in nnx.iter_modules(module):
-        if isinstance(part, Attention | RMSNorm):
-            part.kernels = kernels
+    set_kernels(module, kernels)
     if kernels == (REFERENCE,):
         return
     for _, param in parameters(module):
@@ -49,6 +47,13 @@ def use_kernels(module: nnx.Module, kernels: Sequence[str], *, native_e2m1: bool
             param.set_value(pack(value, kernels, native_e2m1))
         elif REFERENCE not in kernels:
             raise BackendError(f"{param.spec.name}: {reason}; load it with kernels='auto'")
+
+
+def set_kernels(module: nnx.Module, kernels: tuple[str, ...]) -> None:
+    """Has what computes without quantised weights use kernels: norms and attention."""
+    for _, part in nnx.iter_modules(module):
+        if isinstance(part, Attention | RMSNorm):
+            part.kernels = kernels
 
 
 def pack(

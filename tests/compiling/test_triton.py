@@ -16,6 +16,9 @@ from pallas_kernels.moe import cases as moe_cases
 from pallas_kernels.moe import triton, triton_many, triton_route, triton_scores
 from pallas_kernels.quantized_matmul import cases as matmul_cases
 from pallas_kernels.quantized_matmul.triton import quantized_matmul
+from pallas_kernels.rms_norm.triton import rms_norm
+from pallas_kernels.rotate_and_store import cases as rotate_cases
+from pallas_kernels.rotate_and_store.triton import rotate_and_store
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*Triton.*:DeprecationWarning")
 ShapeDtype = jax.ShapeDtypeStruct
@@ -107,3 +110,28 @@ def test_attention(case):
         *[ShapeDtype((b,), jnp.int32)] * 3,
         ShapeDtype((kv, case.group), jnp.float32),
     )
+
+
+@pytest.mark.parametrize("rows", [1, 64])
+def test_rms_norm(rows):
+    given = ShapeDtype((rows, 6144), jnp.bfloat16), ShapeDtype((6144,), jnp.bfloat16)
+    targets.compile(targets.HOPPER, functools.partial(rms_norm, eps=1e-5), *given)
+
+
+@pytest.mark.parametrize("case", rotate_cases.REAL.values(), ids=rotate_cases.REAL.keys())
+def test_rotate_and_store(case):
+    """In place: a cache that is given away is not copied."""
+    b, kv, h = len(case.newest), case.chunks * case.heads.kv_heads, case.heads
+    compiled = targets.compile(
+        targets.HOPPER,
+        jax.jit(
+            functools.partial(rotate_and_store, heads=h, ring=case.ring), donate_argnums=(2, 3)
+        ),
+        ShapeDtype((b, case.tokens, case.chunks, sum(h.rows)), jnp.bfloat16),
+        ShapeDtype((b, case.tokens), jnp.int32),
+        ShapeDtype((b, case.slots, kv, h.head), jnp.bfloat16),
+        ShapeDtype((b, case.slots, kv, h.value), jnp.bfloat16),
+    )
+    memory = compiled.program.memory_analysis()
+    assert memory.alias_size_in_bytes == 2 * b * case.slots * kv * (h.head + h.value)
+    assert memory.temp_size_in_bytes < 2**17
