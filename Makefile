@@ -1,4 +1,4 @@
-# make demo | test | kernels | compile | lint | format.  Everything is installed in .venv, and again only when
+# make demo | test | meshes | kernels | compile | lint | format.  Everything is installed in .venv, and again only when
 # pyproject.toml or constraints.txt change.  The compilers that `make compile` needs are in a folder
 # of their own: wherever jax can import them, it takes them for devices to run on.
 PYTHON ?= python3
@@ -7,12 +7,12 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip -qq --disable-pip-version-check install -c constraints.txt
 INPUTS := pyproject.toml constraints.txt
 COMPILERS := .compilers
-INTERPRETED := tests/pallas_kernels
+APART := tests/meshes tests/pallas_kernels
 DEMO := outputs/demo.jsonl
 # By file: those of one share what they compile.
 PYTEST_ARGS ?= -n 2 --dist loadfile
 
-.PHONY: demo test kernels compile lint format
+.PHONY: demo test meshes kernels compile lint format
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -21,10 +21,13 @@ demo: $(VENV)/.installed
 	$(BIN)/python scripts/batch_generate.py examples/prompts.jsonl $(DEMO) --model mimo-tiny
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest $(PYTEST_ARGS) --ignore $(INTERPRETED)
+	$(BIN)/python -m pytest $(PYTEST_ARGS) $(APART:%=--ignore %)
+
+meshes: $(VENV)/.installed-test
+	$(BIN)/python -m pytest $(PYTEST_ARGS) tests/meshes
 
 kernels: $(VENV)/.installed-test
-	$(BIN)/python -m pytest $(PYTEST_ARGS) $(INTERPRETED)
+	$(BIN)/python -m pytest $(PYTEST_ARGS) tests/pallas_kernels
 
 compile: $(VENV)/.installed-test $(COMPILERS)/.installed
 	JAX_PLATFORMS=cpu PYTHONPATH=$(COMPILERS) $(BIN)/python -m pytest $(PYTEST_ARGS) tests/compiling
