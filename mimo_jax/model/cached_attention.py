@@ -22,7 +22,7 @@ from pallas_kernels.attention import attention
 from pallas_kernels.attention.reference import attend, visible
 from pallas_kernels.backends import REFERENCE
 from pallas_kernels.decode_attention import decode_attention
-from pallas_kernels.decode_attention.reference import MAX_QUERIES, visible_slots
+from pallas_kernels.decode_attention.reference import refused, visible_slots
 from pallas_kernels.rotate_and_store import Heads, rotate_and_store
 from pallas_kernels.rotate_and_store.reference import split, store
 from sharding.types import Entry, entries, on_mesh, reshard
@@ -60,7 +60,7 @@ def cached_attention(
     ring, t = window is not None, fused.shape[1]
     rows = P(*entries(fused)[:3])
     look: Callable[..., Any]
-    if cache is not None and _fits_slots(t, cache, window):
+    if cache is not None and refused(t, cache.k.shape[1], window) is None:
         into = functools.partial(rotate_and_store, heads=heads, ring=ring, kernels=kernels)
         q, *new = on_mesh(into, rows, fused, positions, cache.k, cache.v)
         cache = LayerCache(*new)
@@ -81,21 +81,23 @@ def cached_attention(
     return out, cache, weights
 
 
-def _fits_slots(t: int, cache: LayerCache, window: int | None) -> bool:
-    """Whether a cache still has all that t tokens see once they are stored."""
-    return t <= MAX_QUERIES and (window is None or window + t - 1 <= cache.k.shape[1])
-
-
 def _at_slots(
-    q: Array, positions: Array, sink: Any, cache: LayerCache, *, window: int | None, **options: Any
+    q: Array,
+    positions: Array,
+    sink: Any,
+    cache: LayerCache,
+    *,
+    window: int | None,
+    kernels: Sequence[str],
+    with_weights: bool,
 ) -> tuple[Array, Array | None]:
     """Attention of tokens that are in the cache already."""
-    kernels, with_weights = options["kernels"], options["with_weights"]
+    k, v = cache.k, cache.v
     if with_weights:
-        seen = visible_slots(positions, (q.shape[1], cache.k.shape[1]), window=window)
-        return attend(q, cache.k, cache.v, seen, sink)
-    y = decode_attention(q, cache.k, cache.v, positions, window=window, sink=sink, kernels=kernels)
-    return y, None
+        seen = visible_slots(positions, (q.shape[1], k.shape[1]), window=window)
+        return attend(q, k, v, seen, sink)
+    options = {"window": window, "sink": sink, "kernels": kernels}
+    return decode_attention(q, k, v, positions, **options), None
 
 
 def _in_order(

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.attention import mosaic_tpu_parts as parts
 from pallas_kernels.attention.mosaic_tpu_parts import Blocks
-from pallas_kernels.decode_attention.reference import MAX_QUERIES
+from pallas_kernels.decode_attention.reference import refused
 
 # Of Pro's that is 2.6 MB with the values, 3.2 microseconds of a v5e's memory bandwidth: little to
 # wait for before the first block is there, and much beside what a step costs.
@@ -26,14 +26,7 @@ KEYS = 512
 
 def unsupported(q: Any, k: Any, v: Any, window: int | None = None) -> str | None:
     """Why this kernel can't do a case; None if it can."""
-    if reason := parts.refused(q, k, v):
-        return reason
-    t, slots = q.shape[1], v.shape[1]
-    if t > MAX_QUERIES:
-        return f"{t} tokens a sequence are more than {MAX_QUERIES}"
-    if window is not None and window + t - 1 > slots:
-        return f"a ring of {slots} slots has lost what {t} tokens with a window of {window} see"
-    return None
+    return parts.refused(q, k, v) or refused(q.shape[1], v.shape[1], window)
 
 
 def decode_attention(

@@ -10,6 +10,16 @@ from pallas_kernels.attention.reference import attend
 MAX_QUERIES = 16  # tokens a sequence that the operation is made for
 
 
+def refused(tokens: int, slots: int, window: int | None) -> str | None:
+    """Why so many tokens can't look at a cache that has them already; None if they can."""
+    if tokens > MAX_QUERIES:
+        return f"{tokens} tokens a sequence are more than {MAX_QUERIES}"
+    if window is not None and window + tokens - 1 > slots:
+        lost = f"{tokens} tokens with a window of {window} see"
+        return f"a ring of {slots} slots has lost what {lost}"
+    return None
+
+
 def slot_positions(newest: Int[Array, " B"], slots: int, *, ring: bool) -> Int[Array, "B S"]:
     """The position each slot holds when `newest` is the last one written (-1: none yet).
 

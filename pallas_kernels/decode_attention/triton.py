@@ -19,7 +19,7 @@ from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.attention import online_softmax
-from pallas_kernels.decode_attention.reference import MAX_QUERIES
+from pallas_kernels.decode_attention.reference import MAX_QUERIES, refused
 from pallas_kernels.filling import up
 
 MAX_ROWS = 256
@@ -58,15 +58,11 @@ def configure(batch: int, kv_heads: int, rows: int, slots: int, window: int | No
 
 def unsupported(q: Any, k: Any, v: Any, window: int | None = None) -> str | None:
     """Why these kernels can't do a case; None if they can."""
-    if reason := online_softmax.refused(q, k, v):
+    _, t, _, group, _ = q.shape
+    if reason := online_softmax.refused(q, k, v) or refused(t, v.shape[1], window):
         return reason
-    (_, t, _, group, _), slots = q.shape, v.shape[1]
-    if t > MAX_QUERIES:
-        return f"{t} tokens a sequence are more than {MAX_QUERIES}"
     if _rows(t, group) > MAX_ROWS:
         return f"{t} tokens of {group} query heads a KV head are more than {MAX_ROWS} rows"
-    if window is not None and window + t - 1 > slots:
-        return f"a ring of {slots} slots has lost what {t} tokens with a window of {window} see"
     return None
 
 
