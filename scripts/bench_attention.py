@@ -67,13 +67,16 @@ def chain(call: Callable[..., Any], sets: int, shortest: float) -> tuple[Any, in
     def program(q: Any, given: Any, held: Any) -> tuple[Any, tuple]:
         first = call(q, given, held[0])
 
-        def trip(_: Any, y: Any) -> Any:
+        # All results are kept, or XLA would leave out those that only the barrier needs.
+        def trip(_: Any, carry: tuple[Any, list[Any]]) -> tuple[Any, list[Any]]:
+            q, results = carry[0], []
             for one in held:
-                now, _ = jax.lax.optimization_barrier((q, y))
-                y = call(now, given, one)
-            return y
+                q, y = jax.lax.optimization_barrier((q, call(q, given, one)))
+                results.append(y)
+            return q, results
 
-        return jax.lax.fori_loop(0, trips, trip, first), (first,)
+        empty = [jax.tree.map(jnp.zeros_like, first) for _ in held]
+        return jax.lax.fori_loop(0, trips, trip, (q, empty))[1], (first,)
 
     return jax.jit(program), trips * sets + 1
 

@@ -10,10 +10,10 @@ from pallas_kernels import backends
 from pallas_kernels.attention import mosaic_gpu, mosaic_tpu, reference, triton
 from pallas_kernels.backends import REFERENCE, Implementation
 
-# Preferred first: Mosaic GPU after Triton until it has run on a device.
+# Preferred first.
 IMPLEMENTATIONS = (
-    Implementation("triton", triton.unsupported, triton.attention),
     Implementation("mosaic_gpu", mosaic_gpu.unsupported, mosaic_gpu.attention),
+    Implementation("triton", triton.unsupported, triton.attention),
     Implementation("mosaic_tpu", mosaic_tpu.unsupported, mosaic_tpu.attention),
     Implementation(REFERENCE, lambda *_: None, reference.attention),
 )

@@ -62,10 +62,12 @@ class Span:
         first, last = (jnp.broadcast_to(x, own.shape) for x in (-self.first_key, self.last))
         if self.window is not None:
             first = lax.max(own - (self.window - 1), first)
+        count = lax.max(lax.min(own, last) - first + 1, jnp.zeros_like(own))
         shape = (ROWS, n_keys)
-        keys = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA) + key
-        first, last = (lax.broadcast_in_dim(x, shape, [0]) for x in (first, lax.min(own, last)))
-        return (keys >= first) & (keys <= last)
+        keys = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA)
+        # One comparison instead of two: keys before the first one are large without a sign.
+        keys = (keys + lax.broadcast_in_dim(key - first, shape, [0])).astype(jnp.uint32)
+        return keys < lax.broadcast_in_dim(count, shape, [0]).astype(jnp.uint32)
 
     def without_padding(self, row: Any, values: Any) -> Any:
         """float32[64, V] of the tokens from `row` on, zeros after the last token."""

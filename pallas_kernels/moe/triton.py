@@ -67,7 +67,9 @@ def configure(tokens: int, width: int) -> Config:
     """What was fastest on an H100 (benchmarks/LOG.md)."""
     down = Tiling(warps=2)
     if width >= 1024:
-        return Config(Tiling(stages=5), down)
+        up = Tiling(stages=5)
+        # Waiting costs one token more than a start, and many tokens more than the overlap gives.
+        return Config(up, Tiling(), together=True) if 4 <= tokens <= 8 else Config(up, down)
     # A narrow shard has few tiles of rows, whose programs alone would not keep the memory busy.
     return Config(Tiling(rows=32, splits=4, warps=2) if tokens < 4 else Tiling(splits=4), down)
 

@@ -27,8 +27,9 @@ from pallas_kernels.words import TILE_COLUMNS, TILE_ROWS, FP8Words, MXFP4Words, 
 HALF = TILE_COLUMNS // 2  # columns that a word's low bytes have, and its high bytes
 # Above this many tokens weights are decoded to memory (measured on an H100, benchmarks/LOG.md).
 FUSED_TOKENS = 384
-# About two for each multiprocessor of an H100: fewer don't keep its memory busy.
-PROGRAMS = 256
+# About 1.5 for each multiprocessor of an H100: fewer don't keep its memory busy.
+PROGRAMS = 200
+MANY_PROGRAMS = 400  # from here on deeper pipelines don't help
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +64,8 @@ def configure(tokens: int, w: Words) -> Config:
         return Config(width, splits=splits, stages=4 if width <= 16 else 3)
     if isinstance(w, MXFP4Words):
         return Config(width)
-    return Config(width, rows=128 if width == 64 else 64, stages=3)
+    stages = 4 if width <= 8 and programs < MANY_PROGRAMS else 3
+    return Config(width, rows=128 if width == 64 else 64, stages=stages)
 
 
 def unsupported(x: Any, w: Any) -> str | None:
