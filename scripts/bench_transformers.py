@@ -1,6 +1,8 @@
-"""transformers' side of `bench.py decode`: greedy generation by MiMoV2FlashForCausalLM, timed.
+"""transformers' side of benchmarks: greedy generation by MiMoV2FlashForCausalLM, timed.
 
-Started by scripts/bench.py with an interpreter that has torch and transformers.  Each line of
+Started by scripts/transformers_beside.py with an interpreter that has torch and transformers, a
+folder with a checkpoint (or with a config.json alone: weights are random then), a device and the
+dtype of the first request.  Each line of
 standard input is a request, a JSON object
 
     {"dtype": "float32", "threads": 2, "prompts": [[1, 2, ...], ...], "tokens": 128}
@@ -23,11 +25,12 @@ import json
 import platform
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers import GenerationConfig, MiMoV2FlashForCausalLM
+from transformers import AutoConfig, GenerationConfig, MiMoV2FlashForCausalLM
 from transformers.generation.streamers import BaseStreamer
 
 
@@ -48,11 +51,15 @@ class Clock(BaseStreamer):
 
 @functools.cache
 def load(folder: str, dtype: str, device: str) -> Any:
-    """The model in `dtype`, every tensor of the checkpoint used.
+    """The model in `dtype`, every tensor of the checkpoint used; random without one.
 
     Raises:
       RuntimeError: tensors are missing, left over or of another shape.
     """
+    if not any(Path(folder).glob("*.safetensors")):
+        config = AutoConfig.from_pretrained(folder)
+        with torch.device(device):
+            return MiMoV2FlashForCausalLM._from_config(config, dtype=getattr(torch, dtype)).eval()
     model, info = MiMoV2FlashForCausalLM.from_pretrained(
         folder, dtype=getattr(torch, dtype), output_loading_info=True
     )
@@ -83,12 +90,12 @@ def run(model: Any, prompts: list[list[int]], tokens: int) -> dict[str, Any]:
     }
 
 
-def main(folder: str, device: str) -> None:
+def main(folder: str, device: str, dtype: str = "float32") -> None:
     """Serves requests until standard input ends."""
     replies, sys.stdout = sys.stdout, sys.stderr  # whatever libraries print is not a reply
     transformers.utils.logging.disable_progress_bar()
     default_threads = torch.get_num_threads()
-    model = load(folder, "float32", device)
+    model = load(folder, dtype, device)
     hello = {
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -24,10 +24,10 @@ class Transformers:
       RuntimeError: the process ended; it has said why on standard error.
     """
 
-    def __init__(self, python: str, folder: Path, device: str):
+    def __init__(self, python: str, folder: Path, device: str, dtype: str = "float32"):
         script = Path(__file__).with_name("bench_transformers.py")
         self._process = subprocess.Popen(
-            [python, str(script), str(folder), device],
+            [python, str(script), str(folder), device, dtype],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

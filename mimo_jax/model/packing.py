@@ -44,7 +44,8 @@ def use_kernels(module: nnx.Module, kernels: Sequence[str], *, native_e2m1: bool
             continue
         reason = _why_not(param.spec, value, kernels)
         if reason is None:
-            param.set_value(pack(value, kernels, native_e2m1))
+            # Devices that lag behind would hold what they have not packed yet twice.
+            param.set_value(jax.block_until_ready(pack(value, kernels, native_e2m1)))
         elif REFERENCE not in kernels:
             raise BackendError(f"{param.spec.name}: {reason}; load it with kernels='auto'")
 
@@ -63,16 +64,21 @@ def pack(
     mesh = explicit_mesh(value.codes)
     if mesh is None:
         return _pack(value, kernels, native_e2m1=native_e2m1)
-    local = functools.partial(packed.pack, kernels=kernels, native_e2m1=native_e2m1)
     codes, scales = P(*entries(value.codes)), P(*entries(value.scales))
     parts = type(value)(*(_part(a) for a in (value.codes, value.scales)))
-    split = jax.shard_map(
-        local,
-        in_specs=(type(value)(codes, scales),),
-        out_specs=packed.placed(jax.eval_shape(local, parts), codes, scales),
-    )
     with use(value.codes.sharding.mesh):
-        return jax.jit(split)(value)
+        return _pack_parts(kernels, native_e2m1, parts, codes, scales)(value)
+
+
+@functools.cache
+def _pack_parts(
+    kernels: tuple[str, ...], native_e2m1: bool, parts: Any, codes: Any, scales: Any
+) -> Any:
+    """What packs the parts of devices: compiled once for all parameters that are split alike."""
+    local = functools.partial(packed.pack, kernels=kernels, native_e2m1=native_e2m1)
+    in_specs = (type(parts)(codes, scales),)
+    out_specs = packed.placed(jax.eval_shape(local, parts), codes, scales)
+    return jax.jit(jax.shard_map(local, in_specs=in_specs, out_specs=out_specs))
 
 
 _pack = jax.jit(packed.pack, static_argnums=1, static_argnames="native_e2m1")

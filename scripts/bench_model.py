@@ -1,0 +1,180 @@
+"""Times whole steps and prompts of a model with random weights, beside transformers.
+
+    python scripts/bench_model.py MiMo-V2.6-Flash-RL --layers 20 --torch-python python3 --beside 5
+
+The model is the first layers of a preset in its release's quantised formats, on one device.  At
+each batch size it reads prompts and generates greedily, and it reads one long prompt.  Beside it
+stand the roofline of `mimo-jax plan` (with the device's bandwidth and FLOP/s as its maker gives
+them) and transformers' `MiMoV2FlashForCausalLM`, in a process of its own and before: in bfloat16,
+of the same widths, and with fewer layers, as more would not fit.  So times are compared by layer;
+head and embedding are counted among the layers of both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import json
+import re
+import statistics
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from bench_mesh import generate
+from circumstances import circumstances, write_result
+from transformers_beside import Transformers, native_config
+
+import mimo_jax as mj
+from mimo_jax import checkpoint
+from mimo_jax.config import MiMoConfig
+from mimo_jax.decoding.autoregressive import STEPS
+from mimo_jax.engine.metrics import CompileClock
+from mimo_jax.planning import make_plan
+
+DISPATCHES = 6
+
+
+def prompts(rows: int, length: int) -> list[list[int]]:
+    """Random token ids."""
+    return np.random.default_rng(0).integers(0, 1000, (rows, length)).tolist()
+
+
+def of_transformers(args: argparse.Namespace, config: MiMoConfig) -> dict[str, Any]:
+    """Milliseconds a step at each batch size, and of a prompt, of `--beside` layers."""
+    with tempfile.TemporaryDirectory() as folder:
+        cut = native_config(config.truncated(args.beside))
+        Path(folder, "config.json").write_text(json.dumps(cut))
+        process = Transformers(args.torch_python, Path(folder), "cuda", "bfloat16")
+        try:
+
+            def run(rows: int, length: int, tokens: int) -> dict[str, float]:
+                # The second time, as for ours.
+                return [
+                    process.generate("bfloat16", 0, prompts(rows, length), tokens) for _ in "12"
+                ][1]
+
+            steps = {n: run(n, args.prompt, 33)["ms_per_token"] for n in args.batch}
+            first = run(1, args.prefill, 2)["first_ms"]
+            return {**process.info, "layers": args.beside, "step_ms": steps, "prefill_ms": first}
+        finally:
+            process.close()
+
+
+def launches(lm: mj.LanguageModel, ids: list[list[int]], max_len: int) -> list[dict[str, Any]]:
+    """What a step launches, as the profiler says: names, calls a step and microseconds a call.
+
+    The prompt's pass is profiled by itself and taken off.
+    """
+
+    def profiled(tokens: int) -> collections.Counter[str]:
+        with tempfile.TemporaryDirectory() as folder:
+            with jax.profiler.trace(folder):
+                generate(lm, ids, tokens, max_len)
+            [path] = Path(folder).rglob("*.xplane.pb")
+            data = jax.profiler.ProfileData.from_file(str(path))
+        spent: collections.Counter[str] = collections.Counter()
+        for plane in data.planes:
+            for line in plane.lines if plane.name.startswith("/device:GPU") else ():
+                for event in line.events:
+                    name = re.sub(r"[._]*\d*$", "", re.sub(r"\.\d+", "", event.name))
+                    spent[f"{name} ns"] += event.duration_ns
+                    spent[f"{name} n"] += 1
+        return spent
+
+    n = 2 * STEPS
+    spent, of_prompt = profiled(1 + n), profiled(1)
+    spent.subtract(of_prompt)
+    names = {name.rpartition(" ")[0] for name, count in spent.items() if count > 0}
+    rows = [
+        {"name": k, "calls": spent[f"{k} n"] / n, "us": spent[f"{k} ns"] / 1e3 / n} for k in names
+    ]
+    return sorted((r for r in rows if r["calls"] > 0), key=lambda r: -r["us"])
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Runs everything; returns what is written as JSON."""
+    config = MiMoConfig.from_pretrained(checkpoint.bundled().get(args.model, args.model))
+    result: dict[str, Any] = {"benchmark": "model"}
+    if args.torch_python:  # before jax takes the device's memory
+        result["transformers"] = of_transformers(args, config)
+    result |= circumstances(args)
+    lm = mj.load(args.model, random_weights=args.seed, layers=args.layers, kernels=args.kernels)
+    result["layers"] = lm.config.num_hidden_layers
+    result["steps"] = []
+    cases = [(n, args.prompt, 1 + STEPS * DISPATCHES) for n in args.batch]
+    for rows, length, tokens in (*cases, (1, args.prefill, 1)):
+        ids, max_len = prompts(rows, length), length + tokens + 31 & -32
+        with CompileClock() as clock:
+            generate(lm, ids, tokens, max_len)
+        blocks = [generate(lm, ids, tokens, max_len) for _ in range(3)]
+        plan = make_plan(
+            lm.config, device=args.device, mesh="", rules="single", batch=rows, context=length
+        )
+        row = {"rows": rows, "prompt": length, "compile_s": clock.seconds()}
+        row["prefill_ms"] = 1e3 * statistics.median(b[0] for b in blocks)
+        if plan.prefill.limits is not None and rows == 1:
+            row["prefill_roofline_ms"] = 1e3 * plan.prefill.limits.seconds
+        if tokens > 1:
+            later = [s for b in blocks for s in b[1:]]
+            row["step_ms"] = 1e3 * statistics.median(later) / STEPS
+            if plan.token.limits is not None:
+                row["roofline_ms"] = 1e3 * plan.token.limits.seconds
+        if rows == args.profile and tokens > 1:
+            row["launches"] = launches(lm, ids, max_len)
+        result["steps"].append(row)
+    return result
+
+
+def show(result: dict[str, Any]) -> None:
+    """Prints a result."""
+    layers, beside = result["layers"], result.get("transformers")
+    print(f"{result['arguments']['model']}, {layers} layers, {result['device']}")
+
+    def line(what: str, ms: float, roofline: float | None, other: float | None) -> None:
+        text = f"{what}: {ms:.3f} ms, {ms / layers:.4f} a layer"
+        if roofline is not None:
+            text += f", {roofline / ms:.0%} of the roofline"
+        if beside and other is not None:
+            each = other / beside["layers"]
+            text += f"; transformers {each:.3f} a layer, {each * layers / ms:.1f} times as long"
+        print(text)
+
+    for row in result["steps"]:
+        if "step_ms" in row:
+            other = beside and beside["step_ms"].get(str(row["rows"]))
+            line(f"step of {row['rows']} rows", row["step_ms"], row.get("roofline_ms"), other)
+        else:
+            what = f"prompt of {row['prompt']}"
+            other = beside and beside["prefill_ms"]
+            line(what, row["prefill_ms"], row.get("prefill_roofline_ms"), other)
+        for launch in row.get("launches", ())[:25]:
+            print(f"  {launch['us']:8.1f} us a step, {launch['calls']:6.2f} x  {launch['name']}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parses the command line and runs."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("model", help="a preset, or a folder with a config.json")
+    parser.add_argument("--layers", type=int, help="only so many of its layers")
+    parser.add_argument("--kernels", default="auto", help="auto, reference or a backend")
+    parser.add_argument("--device", default="h100", help="kind of device, for the roofline")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 64])
+    parser.add_argument("--prompt", type=int, default=928, help="tokens before the steps")
+    parser.add_argument("--prefill", type=int, default=2048, help="tokens of the long prompt")
+    parser.add_argument("--profile", type=int, help="profile the steps of this many rows")
+    parser.add_argument("--torch-python", help="an interpreter with torch and transformers")
+    parser.add_argument("--beside", type=int, default=5, help="layers that transformers gets")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args(argv)
+    result = json.loads(json.dumps(measure(args)))
+    write_result(result, args.out)
+    show(result)
+
+
+if __name__ == "__main__":
+    main()
