@@ -191,7 +191,7 @@ def moe_jobs(args: argparse.Namespace, names: tuple[str, ...]) -> Iterator[list[
         stacks = [[mxfp4_words(k, s, names) for k, s in zip(ks, shapes)] for ks in keys]
         plain = [[mxfp4_array(k, s) for k, s in zip(keys[0], shapes)]]
         router = jax.random.normal(key, (e, d)) / math.sqrt(d)
-        bias = jax.random.normal(key, (e,)) * 0.01
+        bias = jax.random.normal(key, (e,)) * 1e-3  # hardly any expert is more wanted
         jobs = []
         for name, case in group.items():
             x, _, chosen = moe_cases.tokens(case, args.seed)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -38,14 +39,14 @@ def use_kernels(module: nnx.Module, kernels: Sequence[str], *, native_e2m1: bool
     set_kernels(module, kernels)
     if kernels == (REFERENCE,):
         return
-    for _, param in parameters(module):
-        value = param.get_value()
-        if not isinstance(value, FP8Array | MXFP4Array):
-            continue
-        reason = _why_not(param.spec, value, kernels)
+    quantized = [
+        p for _, p in parameters(module) if isinstance(p.get_value(), FP8Array | MXFP4Array)
+    ]
+    # The smallest first, so that the holes they leave in memory are taken by others as small.
+    for param in sorted(quantized, key=lambda p: p.get_value().codes.size):
+        reason = _why_not(param.spec, param.get_value(), kernels)
         if reason is None:
-            # Devices that lag behind would hold what they have not packed yet twice.
-            param.set_value(jax.block_until_ready(pack(value, kernels, native_e2m1)))
+            param.set_value(pack(param.get_value(), kernels, native_e2m1))
         elif REFERENCE not in kernels:
             raise BackendError(f"{param.spec.name}: {reason}; load it with kernels='auto'")
 
@@ -60,28 +61,45 @@ def set_kernels(module: nnx.Module, kernels: tuple[str, ...]) -> None:
 def pack(
     value: FP8Array | MXFP4Array, kernels: tuple[str, ...], native_e2m1: bool
 ) -> packed.Packed:
-    """Repacks weights on one device, or each device's part of them."""
+    """Repacks weights on one device, or each device's part of them.
+
+    Scales first and then codes, one waiting for the other: so both fit into the hole that the
+    weights before have left, of which jax's allocator would give all where less than 128 MiB were
+    to remain, and devices that lag behind don't hold weights twice.
+    """
     mesh = explicit_mesh(value.codes)
-    if mesh is None:
-        return _pack(value, kernels, native_e2m1=native_e2m1)
-    codes, scales = P(*entries(value.codes)), P(*entries(value.scales))
     parts = type(value)(*(_part(a) for a in (value.codes, value.scales)))
-    with use(value.codes.sharding.mesh):
-        return _pack_parts(kernels, native_e2m1, parts, codes, scales)(value)
+    places = None if mesh is None else tuple(P(*entries(a)) for a in (value.codes, value.scales))
+
+    def array(name: str) -> jax.Array:
+        program = _packing(name, kernels, native_e2m1, parts, places)
+        return jax.block_until_ready(program(value))
+
+    with contextlib.nullcontext() if mesh is None else use(value.codes.sharding.mesh):
+        scales = array("scales")
+        words = array("words")
+    like = jax.eval_shape(functools.partial(_local, kernels, native_e2m1), parts)
+    return like.with_arrays(words, scales)
 
 
 @functools.cache
-def _pack_parts(
-    kernels: tuple[str, ...], native_e2m1: bool, parts: Any, codes: Any, scales: Any
-) -> Any:
-    """What packs the parts of devices: compiled once for all parameters that are split alike."""
-    local = functools.partial(packed.pack, kernels=kernels, native_e2m1=native_e2m1)
-    in_specs = (type(parts)(codes, scales),)
-    out_specs = packed.placed(jax.eval_shape(local, parts), codes, scales)
-    return jax.jit(jax.shard_map(local, in_specs=in_specs, out_specs=out_specs))
+def _packing(
+    name: str, kernels: tuple[str, ...], native_e2m1: bool, parts: Any, places: Any
+) -> Callable[..., Any]:
+    """What makes one of the arrays of packed weights, compiled once for all that are alike."""
+
+    def local(w: FP8Array | MXFP4Array) -> jax.Array:
+        return getattr(_local(kernels, native_e2m1, w), name)
+
+    if places is None:
+        return jax.jit(local)
+    like = jax.eval_shape(functools.partial(_local, kernels, native_e2m1), parts)
+    out = getattr(packed.placed(like, *places), name)
+    return jax.jit(jax.shard_map(local, in_specs=(type(parts)(*places),), out_specs=out))
 
 
-_pack = jax.jit(packed.pack, static_argnums=1, static_argnames="native_e2m1")
+def _local(kernels: tuple[str, ...], native_e2m1: bool, w: Any) -> packed.Packed:
+    return packed.pack(w, kernels, native_e2m1=native_e2m1)
 
 
 def _part(array: Any) -> jax.ShapeDtypeStruct:

@@ -27,6 +27,7 @@ MAX_AT_ONCE = 256  # positions of a window
 MIN_ROWS = MIN_KEYS = 16  # that a matrix instruction has
 # Programs that keep an H100's memory busy; more only add to what is to be summed.
 PROGRAMS = 128
+BFLOAT16_ROWS = 128  # from which on shares of bfloat16 results are stored as such
 ANYWHERE = pl.BlockSpec(memory_space=pl.ANY)
 
 
@@ -94,7 +95,9 @@ def decode_attention(
     shape = _Shape(t, group, q.shape[-1], width, slots, window, causal)
     splits = config.splits
     out = jax.ShapeDtypeStruct((batch, t, kv_heads, group, width), q.dtype)
-    sums = jax.ShapeDtypeStruct((batch, kv_heads, splits, rows, width), jnp.float32)
+    # Of many rows they are as many bytes as some thousand keys.
+    stored = jnp.bfloat16 if rows >= BFLOAT16_ROWS else jnp.float32
+    sums = jax.ShapeDtypeStruct((batch, kv_heads, splits, rows, width), stored)
     norms = jax.ShapeDtypeStruct((batch, kv_heads, splits, rows, 2), jnp.float32)
     results = pl.pallas_call(
         functools.partial(_kernel, shape=shape, config=config),
@@ -215,7 +218,7 @@ def _kernel(
         plt.store(into, y.astype(out_refs[0].dtype), mask=there[:, None])
         return
     (total_ref, norm_ref), (total, top, norm) = out_refs, sums
-    plt.store(total_ref.at[b, kv, split, row[:, None], column], total)
+    plt.store(total_ref.at[b, kv, split, row[:, None], column], total.astype(total_ref.dtype))
     plt.store(norm_ref.at[b, kv, split, row, jnp.zeros_like(row)], top)
     plt.store(norm_ref.at[b, kv, split, row, jnp.ones_like(row)], norm)
 
@@ -234,7 +237,7 @@ def _combine(
         totals = plt.load(total_ref.at[b, kv, split[:, None], row, column[None, :]])
         top = jnp.max(tops)
         shrink = jnp.exp2(tops - top)
-        total = jnp.sum(totals * shrink[:, None], axis=0)
+        total = jnp.sum(totals.astype(jnp.float32) * shrink[:, None], axis=0)
         norm = jnp.sum(norms * shrink)
         sums = (total[None], top[None], norm[None])
         y = online_softmax.finish(sums, plt.load(sink_ref.at[kv, head])[None])[0]
