@@ -65,8 +65,6 @@ def chain(call: Callable[..., Any], sets: int, shortest: float) -> tuple[Any, in
     trips = max(1, math.ceil(3e-3 / (shortest * sets)))
 
     def program(q: Any, given: Any, held: Any) -> tuple[Any, tuple]:
-        first = call(q, given, held[0])
-
         # All results are kept, or XLA would leave out those that only the barrier needs.
         def trip(_: Any, carry: tuple[Any, list[Any]]) -> tuple[Any, list[Any]]:
             q, results = carry[0], []
@@ -75,10 +73,12 @@ def chain(call: Callable[..., Any], sets: int, shortest: float) -> tuple[Any, in
                 results.append(y)
             return q, results
 
-        empty = [jax.tree.map(jnp.zeros_like, first) for _ in held]
-        return jax.lax.fori_loop(0, trips, trip, (q, empty))[1], (first,)
+        kinds = jax.eval_shape(call, q, given, held[0])
+        empty = [jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), kinds) for _ in held]
+        results = jax.lax.fori_loop(0, trips, trip, (q, empty))[1]
+        return results, (results[0],)
 
-    return jax.jit(program), trips * sets + 1
+    return jax.jit(program), trips * sets
 
 
 def _sets(make: Callable[[int], Any], size: float) -> list[Any]:

@@ -97,7 +97,7 @@ def launches(lm: mj.LanguageModel, ids: list[list[int]], max_len: int) -> list[d
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Runs everything; returns what is written as JSON."""
-    config = MiMoConfig.from_pretrained(checkpoint.bundled().get(args.model, args.model))
+    config = MiMoConfig.from_pretrained(checkpoint.bundled().get(args.model) or args.model)
     result: dict[str, Any] = {"benchmark": "model"}
     if args.torch_python:  # before jax takes the device's memory
         result["transformers"] = of_transformers(args, config)

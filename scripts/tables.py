@@ -10,6 +10,7 @@ NAME is one of TABLES and FILE a result.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import re
 import sys
@@ -22,6 +23,10 @@ RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENTS = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
 BLOCK = re.compile(r"(<!-- table: (\S+)((?: \S+)*) -->\n)(.*?)(<!-- end of table -->)", re.DOTALL)
 PLAIN = "plain XLA"
+OPERATIONS = (
+    *("moe", "quantized_matmul", "attention", "decode_attention"),
+    *("rotate_and_store", "routing"),
+)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -48,11 +53,15 @@ def by_case(result: dict[str, Any], operation: str) -> dict[str, dict[str, dict[
 def kernels(result: dict[str, Any], operation: str) -> str:
     """Every case of an operation: each backend's time, and what the fastest makes of the device."""
     cases = by_case(result, operation)
-    backends = sorted({b for rows in cases.values() for b in rows}, key=lambda b: (b == PLAIN, b))
+    checked = {row["backend"] for row in result["rows"] if "error" in row}
+    backends = sorted(
+        {b for rows in cases.values() for b in rows},
+        key=lambda b: (b not in checked, b != PLAIN, b),
+    )
     limits = result["ceilings"]
     lines = []
     for case, rows in cases.items():
-        ours = [row for backend, row in rows.items() if backend != PLAIN]
+        ours = [row for row in rows.values() if "error" in row]
         best = min(ours, key=lambda row: row["seconds"])
         bytes_s, flops_s = best["bytes"] / best["seconds"], best["flops"] / best["seconds"]
         lines.append(
@@ -94,8 +103,7 @@ def highlights(result: dict[str, Any]) -> str:
 
 
 TABLES: dict[str, Callable[..., str]] = {
-    "moe": lambda result: kernels(result, "moe"),
-    "quantized_matmul": lambda result: kernels(result, "quantized_matmul"),
+    **{name: functools.partial(kernels, operation=name) for name in OPERATIONS},
     "highlights": highlights,
 }
 
