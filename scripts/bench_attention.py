@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from bench_jobs import Check, Job, error, supported
+from bench_jobs import Check, Job, chain, error, supported
 from jax.experimental.pallas.ops.gpu import attention_mgpu
 from jax.experimental.pallas.ops.gpu import decode_attention as jax_decode
 
@@ -52,33 +52,6 @@ def small_checks(args: argparse.Namespace, names: tuple[str, ...]) -> Iterator[C
             for kernel in implementations:
                 if kernel.backend in names and not kernel.unsupported(*given[:3], case.window):
                     yield Check(operation, name, kernel, definition, (*given, sink), options)
-
-
-def chain(call: Callable[..., Any], sets: int, shortest: float) -> tuple[Any, int]:
-    """A program of calls, each on the next set of keys and values, and how many there are.
-
-    Args:
-      call: from q, what is the same in all calls, and a set.
-      sets: how many sets there are.
-      shortest: seconds of a call, about: a program takes some milliseconds.
-    """
-    trips = max(1, math.ceil(3e-3 / (shortest * sets)))
-
-    def program(q: Any, given: Any, held: Any) -> tuple[Any, tuple]:
-        # All results are kept, or XLA would leave out those that only the barrier needs.
-        def trip(_: Any, carry: tuple[Any, list[Any]]) -> tuple[Any, list[Any]]:
-            q, results = carry[0], []
-            for one in held:
-                q, y = jax.lax.optimization_barrier((q, call(q, given, one)))
-                results.append(y)
-            return q, results
-
-        kinds = jax.eval_shape(call, q, given, held[0])
-        empty = [jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), kinds) for _ in held]
-        results = jax.lax.fori_loop(0, trips, trip, (q, empty))[1]
-        return results, (results[0],)
-
-    return jax.jit(program), trips * sets
 
 
 def _sets(make: Callable[[int], Any], size: float) -> list[Any]:

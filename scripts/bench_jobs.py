@@ -60,6 +60,33 @@ class Check:
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
+def chain(call: Callable[..., Any], sets: int, shortest: float) -> tuple[Any, int]:
+    """A program of calls, each on the next set of what is read, and how many calls there are.
+
+    Args:
+      call: from q, what is the same in all calls, and a set.
+      sets: how many sets there are.
+      shortest: seconds of a call, about: a program takes some milliseconds.
+    """
+    trips = max(1, math.ceil(3e-3 / (shortest * sets)))
+
+    def program(q: Any, given: Any, held: Any) -> tuple[Any, tuple]:
+        # All results are kept, or XLA would leave out those that only the barrier needs.
+        def trip(_: Any, carry: tuple[Any, list[Any]]) -> tuple[Any, list[Any]]:
+            q, results = carry[0], []
+            for one in held:
+                q, y = jax.lax.optimization_barrier((q, call(q, given, one)))
+                results.append(y)
+            return q, results
+
+        kinds = jax.eval_shape(call, q, given, held[0])
+        empty = [jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), kinds) for _ in held]
+        results = jax.lax.fori_loop(0, trips, trip, (q, empty))[1]
+        return results, (results[0],)
+
+    return jax.jit(program), trips * sets
+
+
 def timed(program: Any, args: tuple, calls: int, groups: int = 5) -> float:
     """Seconds of a call: the median of several groups of runs of a compiled program."""
     jax.block_until_ready(program(*args))

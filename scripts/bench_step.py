@@ -11,8 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from bench_attention import chain
-from bench_jobs import Check, Job, error, supported
+from bench_jobs import Check, Job, chain, error, supported
 
 from pallas_kernels import moe, rms_norm, rotate_and_store
 from pallas_kernels.backends import REFERENCE
