@@ -159,19 +159,23 @@ class Decoder:
                 leaves, tokens, positions, cache, row_params, ignore_eos, remaining,
                 top_logprobs=top,
             )  # fmt: skip
-        while True:
-            tokens, logprobs, remaining = jax.device_get(seen)
-            yield Block(tokens[:real], logprobs)
-            active = np.array(remaining)
-            active[list(stopped)] = 0
-            if not active.any():
-                return
-            if (active != remaining).any():
-                state = dataclasses.replace(state, remaining=self.put(active))
-            with self._on_mesh():
-                state, seen = self._decode(
-                    leaves, state, row_params, ignore_eos, steps=STEPS, top_logprobs=top
-                )
+        try:
+            while True:
+                tokens, logprobs, remaining = jax.device_get(seen)
+                yield Block(tokens[:real], logprobs)
+                active = np.array(remaining)
+                active[list(stopped)] = 0
+                if not active.any():
+                    return
+                if (active != remaining).any():
+                    state = dataclasses.replace(state, remaining=self.put(active))
+                with self._on_mesh():
+                    state, seen = self._decode(
+                        leaves, state, row_params, ignore_eos, steps=STEPS, top_logprobs=top
+                    )
+        finally:
+            # After Ctrl-C steps may be under way; a process that ends meanwhile is aborted.
+            jax.block_until_ready(seen)
 
     def _on_mesh(self) -> contextlib.AbstractContextManager[Any]:
         # Not around a `yield`: the context would reach into the caller's code.
