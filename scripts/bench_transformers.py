@@ -2,8 +2,7 @@
 
 Started by scripts/transformers_beside.py with an interpreter that has torch and transformers, a
 folder with a checkpoint (or with a config.json alone: weights are random then), a device and the
-dtype of the first request.  Each line of
-standard input is a request, a JSON object
+dtype of the first request.  Each line of standard input is a request, a JSON object
 
     {"dtype": "float32", "threads": 2, "prompts": [[1, 2, ...], ...], "tokens": 128}
 
@@ -90,7 +89,7 @@ def run(model: Any, prompts: list[list[int]], tokens: int) -> dict[str, Any]:
     }
 
 
-def main(folder: str, device: str, dtype: str = "float32") -> None:
+def main(folder: str, device: str, dtype: str) -> None:
     """Serves requests until standard input ends."""
     replies, sys.stdout = sys.stdout, sys.stderr  # whatever libraries print is not a reply
     transformers.utils.logging.disable_progress_bar()

@@ -1,6 +1,6 @@
-"""Writes the tables of kernels in README.md and benchmarks/README.md from benchmarks/results.
+"""Writes the tables in README.md and benchmarks/README.md from benchmarks/results.
 
-    python scripts/tables.py            # after `bench.py kernels`
+    python scripts/tables.py            # after `bench.py kernels` or bench_model.py
     python scripts/tables.py --check    # are they as the results say?
 
 A table stands between the lines `<!-- table: NAME FILE ... -->` and `<!-- end of table -->`, where
@@ -102,9 +102,34 @@ def highlights(result: dict[str, Any]) -> str:
     return table([*header, "times as fast as plain XLA"], lines)
 
 
+def steps(*results: dict[str, Any]) -> str:
+    """Whole steps and prompts of `bench_model.py`, by layer, beside roofline and transformers."""
+    lines = []
+    for result in results:
+        layers, beside = result["layers"], result.get("transformers")
+        for row in result["steps"]:
+            if "step_ms" in row:
+                what, ms, roofline = f"step, rows: {row['rows']}", row["step_ms"], "roofline_ms"
+                other = beside and beside["step_ms"][str(row["rows"])]
+            else:
+                what, ms = f"prompt of {row['prompt']}", row["prefill_ms"]
+                roofline, other = "prefill_roofline_ms", beside and beside["prefill_ms"]
+            each = other / beside["layers"] if beside else None
+            lines.append(
+                [
+                    *(what, str(layers), f"{ms:.2f}", f"{ms / layers:.3f}"),
+                    f"{row[roofline] / ms:.0%}" if roofline in row else "",
+                    *((f"{each:.2f}", f"{each * layers / ms:.1f}") if each else ("", "")),
+                ]
+            )
+    header = ["", "layers", "ms", "ms a layer", "of the roofline"]
+    return table([*header, "transformers, ms a layer", "times as long"], lines)
+
+
 TABLES: dict[str, Callable[..., str]] = {
     **{name: functools.partial(kernels, operation=name) for name in OPERATIONS},
     "highlights": highlights,
+    "steps": steps,
 }
 
 

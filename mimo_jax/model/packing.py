@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -39,16 +38,18 @@ def use_kernels(module: nnx.Module, kernels: Sequence[str], *, native_e2m1: bool
     set_kernels(module, kernels)
     if kernels == (REFERENCE,):
         return
-    quantized = [
-        p for _, p in parameters(module) if isinstance(p.get_value(), FP8Array | MXFP4Array)
-    ]
-    # The smallest first, so that the holes they leave in memory are taken by others as small.
-    for param in sorted(quantized, key=lambda p: p.get_value().codes.size):
+    packable = []
+    for _, param in parameters(module):
+        if not isinstance(param.get_value(), FP8Array | MXFP4Array):
+            continue
         reason = _why_not(param.spec, param.get_value(), kernels)
         if reason is None:
-            param.set_value(pack(param.get_value(), kernels, native_e2m1))
+            packable.append(param)
         elif REFERENCE not in kernels:
             raise BackendError(f"{param.spec.name}: {reason}; load it with kernels='auto'")
+    # The smallest first, so that the holes they leave in memory are taken by others as small.
+    for param in sorted(packable, key=lambda p: p.get_value().codes.size):
+        param.set_value(pack(param.get_value(), kernels, native_e2m1))
 
 
 def set_kernels(module: nnx.Module, kernels: tuple[str, ...]) -> None:
@@ -67,39 +68,41 @@ def pack(
     weights before have left, of which jax's allocator would give all where less than 128 MiB were
     to remain, and devices that lag behind don't hold weights twice.
     """
-    mesh = explicit_mesh(value.codes)
+    on_mesh = explicit_mesh(value.codes) is not None
+    places = tuple(P(*entries(a)) for a in (value.codes, value.scales)) if on_mesh else None
     parts = type(value)(*(_part(a) for a in (value.codes, value.scales)))
-    places = None if mesh is None else tuple(P(*entries(a)) for a in (value.codes, value.scales))
-
-    def array(name: str) -> jax.Array:
-        program = _packing(name, kernels, native_e2m1, parts, places)
-        return jax.block_until_ready(program(value))
-
-    with contextlib.nullcontext() if mesh is None else use(value.codes.sharding.mesh):
-        scales = array("scales")
-        words = array("words")
-    like = jax.eval_shape(functools.partial(_local, kernels, native_e2m1), parts)
-    return like.with_arrays(words, scales)
+    like, scales, words = _packing(kernels, native_e2m1, parts, places)
+    with use(value.codes.sharding.mesh if on_mesh else None):
+        packed_scales = jax.block_until_ready(scales(value))
+        return like.with_arrays(jax.block_until_ready(words(value)), packed_scales)
 
 
 @functools.cache
 def _packing(
-    name: str, kernels: tuple[str, ...], native_e2m1: bool, parts: Any, places: Any
-) -> Callable[..., Any]:
-    """What makes one of the arrays of packed weights, compiled once for all that are alike."""
+    kernels: tuple[str, ...], native_e2m1: bool, parts: Any, places: Any
+) -> tuple[packed.Packed, Callable[..., jax.Array], Callable[..., jax.Array]]:
+    """Packed weights as shapes, and what makes their scales and their words.
 
-    def local(w: FP8Array | MXFP4Array) -> jax.Array:
-        return getattr(_local(kernels, native_e2m1, w), name)
+    Compiled once for all weights that are alike.
 
-    if places is None:
-        return jax.jit(local)
-    like = jax.eval_shape(functools.partial(_local, kernels, native_e2m1), parts)
-    out = getattr(packed.placed(like, *places), name)
-    return jax.jit(jax.shard_map(local, in_specs=(type(parts)(*places),), out_specs=out))
+    Args:
+      kernels, native_e2m1: as for `pack`.
+      parts: each device's part of the weights, as shapes.
+      places: partition specs of codes and scales; None on one device.
+    """
+    local = functools.partial(packed.pack, kernels=kernels, native_e2m1=native_e2m1)
+    like = jax.eval_shape(local, parts)
 
+    def program(name: str) -> Callable[..., jax.Array]:
+        def array(w: FP8Array | MXFP4Array) -> jax.Array:
+            return getattr(local(w), name)
 
-def _local(kernels: tuple[str, ...], native_e2m1: bool, w: Any) -> packed.Packed:
-    return packed.pack(w, kernels, native_e2m1=native_e2m1)
+        if places is None:
+            return jax.jit(array)
+        out = getattr(packed.placed(like, *places), name)
+        return jax.jit(jax.shard_map(array, in_specs=(type(parts)(*places),), out_specs=out))
+
+    return like, program("scales"), program("words")
 
 
 def _part(array: Any) -> jax.ShapeDtypeStruct:
