@@ -1,19 +1,21 @@
 """Times whole steps and prompts of a model with random weights, beside transformers.
 
-    python scripts/bench_model.py MiMo-V2.6-Flash-RL --layers 20 --torch-python python3 --beside 5
+    python scripts/bench_model.py MiMo-V2.6-Flash-RL --layers 20 10 --torch-python python3
 
 The model is the first layers of a preset in its release's quantised formats, on one device.  At
 each batch size it reads prompts and generates greedily, and it reads one long prompt.  Beside it
 stand the roofline of `mimo-jax plan` (with the device's bandwidth and FLOP/s as its maker gives
 them) and transformers' `MiMoV2FlashForCausalLM`, in a process of its own and before: in bfloat16,
-of the same widths, and with fewer layers, as more would not fit.  So times are compared by layer;
-head and embedding are counted among the layers of both.
+of the same widths, and with fewer layers, as more would not fit.  So times are compared by layer,
+in two ways: all of the time divided by the layers, which counts the head among them, and what
+a layer adds, from the times of two numbers of layers.
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
+import gc
 import json
 import re
 import statistics
@@ -46,23 +48,33 @@ def prompts(rows: int, length: int) -> list[list[int]]:
 
 
 def of_transformers(args: argparse.Namespace, config: MiMoConfig) -> dict[str, Any]:
-    """Milliseconds a step at each batch size, and of a prompt, of `--beside` layers."""
-    with tempfile.TemporaryDirectory() as folder:
-        cut = native_config(config.truncated(args.beside))
-        Path(folder, "config.json").write_text(json.dumps(cut))
-        process = Transformers(args.torch_python, Path(folder), "cuda", "bfloat16")
-        try:
+    """Milliseconds a step at each batch size, and of a prompt, by `--beside` layers."""
 
-            def run(rows: int, length: int, tokens: int) -> dict[str, float]:
-                ids = prompts(rows, length)
-                process.generate("bfloat16", 0, ids, tokens)  # The second time counts, as of ours.
-                return process.generate("bfloat16", 0, ids, tokens)
+    def of(layers: int) -> dict[str, Any]:
+        with tempfile.TemporaryDirectory() as folder:
+            cut = native_config(config.truncated(layers))
+            Path(folder, "config.json").write_text(json.dumps(cut))
+            process = Transformers(args.torch_python, Path(folder), "cuda", "bfloat16")
+            try:
 
-            steps = {str(n): run(n, args.prompt, 33)["ms_per_token"] for n in args.batch}
-            first = run(1, args.prefill, 2)["first_ms"]
-            return {**process.info, "layers": args.beside, "step_ms": steps, "prefill_ms": first}
-        finally:
-            process.close()
+                def run(rows: int, length: int, tokens: int) -> dict[str, float]:
+                    ids = prompts(rows, length)
+                    process.generate("bfloat16", 0, ids, tokens)  # The second counts, as of ours.
+                    return process.generate("bfloat16", 0, ids, tokens)
+
+                steps = {str(n): run(n, args.prompt, 33)["ms_per_token"] for n in args.batch}
+                first = run(1, args.prefill, 2)["first_ms"]
+                return {**process.info, "layers": layers, "step_ms": steps, "prefill_ms": first}
+            finally:
+                process.close()
+
+    return _nested([of(layers) for layers in args.beside])
+
+
+def _nested(measured: list[dict[str, Any]]) -> dict[str, Any]:
+    """The first of what was measured with different numbers of layers, the rest under `fewer`."""
+    first, *rest = measured
+    return {**first, "fewer": rest}
 
 
 def launches(lm: mj.LanguageModel, ids: list[list[int]], max_len: int) -> list[dict[str, Any]]:
@@ -96,16 +108,10 @@ def launches(lm: mj.LanguageModel, ids: list[list[int]], max_len: int) -> list[d
     return sorted((r for r in rows if r["calls"] > 0), key=lambda r: -r["us"])
 
 
-def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Runs everything; returns what is written as JSON."""
-    config = MiMoConfig.from_pretrained(checkpoint.bundled().get(args.model) or args.model)
-    result: dict[str, Any] = {"benchmark": "model"}
-    if args.torch_python:  # before jax takes the device's memory
-        result["transformers"] = of_transformers(args, config)
-    result |= circumstances(args)
-    lm = mj.load(args.model, random_weights=args.seed, layers=args.layers, kernels=args.kernels)
-    result["layers"] = lm.config.num_hidden_layers
-    result["steps"] = []
+def of_ours(args: argparse.Namespace, layers: int | None, profile: bool) -> dict[str, Any]:
+    """Milliseconds of prompts and steps with so many layers, compilation and roofline."""
+    lm = mj.load(args.model, random_weights=args.seed, layers=layers, kernels=args.kernels)
+    result: dict[str, Any] = {"layers": lm.config.num_hidden_layers, "steps": []}
     cases = [(n, args.prompt, 1 + STEPS * DISPATCHES) for n in args.batch]
     for rows, length, tokens in (*cases, (1, args.prefill, 1)):
         ids, max_len = prompts(rows, length), up(length + tokens, 32)
@@ -124,10 +130,24 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             row["step_ms"] = 1e3 * statistics.median(later) / STEPS
             if plan.token.limits is not None:
                 row["roofline_ms"] = 1e3 * plan.token.limits.seconds
-        if rows == args.profile and tokens > 1:
+        if profile and rows == args.profile and tokens > 1:
             row["launches"] = launches(lm, ids, max_len)
         result["steps"].append(row)
     return result
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Runs everything; returns what is written as JSON."""
+    config = MiMoConfig.from_pretrained(checkpoint.bundled().get(args.model) or args.model)
+    result: dict[str, Any] = {"benchmark": "model"}
+    if args.torch_python:  # before jax takes the device's memory
+        result["transformers"] = of_transformers(args, config)
+    result |= circumstances(args)
+    measured = []
+    for layers in args.layers:
+        measured.append(of_ours(args, layers, profile=not measured))
+        gc.collect()  # A model and what runs it refer to each other; the next needs its memory.
+    return result | _nested(measured)
 
 
 def show(result: dict[str, Any]) -> None:
@@ -143,7 +163,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parses the command line and runs."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("model", help="a preset, or a folder with a config.json")
-    parser.add_argument("--layers", type=int, help="only so many of its layers")
+    parser.add_argument(
+        "--layers",
+        type=int,
+        nargs="+",
+        default=[None],
+        help="only so many of its layers; a second number tells what a layer adds",
+    )
     parser.add_argument("--kernels", default="auto", help="auto, reference or a backend")
     parser.add_argument("--device", default="h100", help="kind of device, for the roofline")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 64])
@@ -151,7 +177,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--prefill", type=int, default=2048, help="tokens of the long prompt")
     parser.add_argument("--profile", type=int, help="profile the steps of this many rows")
     parser.add_argument("--torch-python", help="an interpreter with torch and transformers")
-    parser.add_argument("--beside", type=int, default=5, help="layers that transformers gets")
+    parser.add_argument(
+        "--beside", type=int, nargs="+", default=[5, 3], help="layers that transformers gets"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(argv)

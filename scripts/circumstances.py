@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def circumstances(args: argparse.Namespace) -> dict[str, Any]:
     """Machine, versions, commit and arguments of a result; no paths of this machine."""
     packages = ("jax", "jaxlib", "flax", "numpy")
-    hidden = ("torch_python", "out", "run")
+    hidden = ("torch_python", "out", "run", "cache")
     return {
         "arguments": {k: v for k, v in vars(args).items() if k not in hidden},
         "device": jax.devices()[0].device_kind,

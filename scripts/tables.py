@@ -106,24 +106,46 @@ def steps(*results: dict[str, Any]) -> str:
     """Whole steps and prompts of `bench_model.py`, by layer, beside roofline and transformers."""
     lines = []
     for result in results:
-        layers, beside = result["layers"], result.get("transformers")
-        for row in result["steps"]:
-            if "step_ms" in row:
-                what, ms, roofline = f"step, rows: {row['rows']}", row["step_ms"], "roofline_ms"
-                other = beside and beside["step_ms"][str(row["rows"])]
-            else:
-                what, ms = f"prompt of {row['prompt']}", row["prefill_ms"]
-                roofline, other = "prefill_roofline_ms", beside and beside["prefill_ms"]
-            each = other / beside["layers"] if beside else None
+        beside = result.get("transformers")
+        fewer = result.get("fewer", [])
+        for i, row in enumerate(result["steps"]):
+            step = "step_ms" in row
+            what = f"step, rows: {row['rows']}" if step else f"prompt of {row['prompt']}"
+            kind, roofline = (
+                ("step_ms", "roofline_ms") if step else ("prefill_ms", "prefill_roofline_ms")
+            )
+            ms = row[kind]
+            ours = [(result["layers"], ms)] + [(f["layers"], f["steps"][i][kind]) for f in fewer]
             lines.append(
                 [
-                    *(what, str(layers), f"{ms:.2f}", f"{ms / layers:.3f}"),
+                    *(what, str(result["layers"]), f"{ms:.2f}"),
                     f"{row[roofline] / ms:.0%}" if roofline in row else "",
-                    *((f"{each:.2f}", f"{each * layers / ms:.1f}") if each else ("", "")),
                 ]
             )
-    header = ["", "layers", "ms", "ms a layer", "of the roofline"]
-    return table([*header, "transformers, ms a layer", "times as long"], lines)
+            theirs = []
+            for one in [beside, *beside.get("fewer", [])] if beside else ():
+                taken = one["step_ms"][str(row["rows"])] if step else one["prefill_ms"]
+                theirs.append((one["layers"], taken))
+            for a_layer in (_shared, _added):
+                own, other = a_layer(ours), a_layer(theirs)
+                lines[-1] += [f"{own:.3f}" if own else ""]
+                lines[-1] += [f"{other:.2f}" if other else ""]
+                lines[-1] += [f"{other / own:.1f}" if own and other else ""]
+    header = ["", "layers", "ms", "of the roofline", "ms a layer", "transformers", "times"]
+    return table([*header, "ms a layer adds", "transformers", "times"], lines)
+
+
+def _shared(times: list[tuple[int, float]]) -> float | None:
+    """Of layers and milliseconds, the first, divided."""
+    return times[0][1] / times[0][0] if times else None
+
+
+def _added(times: list[tuple[int, float]]) -> float | None:
+    """What a layer adds, from the first two numbers of layers."""
+    if len(times) < 2:
+        return None
+    (more, longer), (fewer, shorter) = times[:2]
+    return (longer - shorter) / (more - fewer)
 
 
 TABLES: dict[str, Callable[..., str]] = {

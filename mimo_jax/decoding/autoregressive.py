@@ -146,12 +146,17 @@ class Decoder:
         empty: list[int] = []
         prompts = [*prompts, *[empty] * (rows - real)]
         params = [*params, *[SamplingParams(temperature=0.0)] * (rows - real)]
-        row_params = self.put(sampling.row_params(params, [*seeds, *[0] * (rows - real)]))
-        ignore_eos = self.put(np.asarray([p.ignore_eos for p in params]))
-        remaining = self.put(np.asarray([*budget, *[0] * (rows - real)], np.int32))
         top = max((p.logprobs for p in params if p.logprobs is not None), default=None)
-
-        tokens, positions = self.put(_padded(prompts, cache_len))
+        # Together: array by array it would take the host some milliseconds.
+        given = self.put(
+            (
+                *_padded(prompts, cache_len),
+                sampling.row_params(params, [*seeds, *[0] * (rows - real)]),
+                np.asarray([p.ignore_eos for p in params]),
+                np.asarray([*budget, *[0] * (rows - real)], np.int32),
+            )
+        )
+        tokens, positions, row_params, ignore_eos, remaining = given
         cache = init_cache(self.config, rows, cache_len, placement=self.placement)
         with self._on_mesh():
             leaves = expanded(self._leaves, jnp.dtype(self.config.dtype))
@@ -177,6 +182,30 @@ class Decoder:
             # After Ctrl-C steps may be under way; a process that ends meanwhile is aborted.
             jax.block_until_ready(seen)
 
+    def lowered(
+        self, rows: int, length: int, max_len: int
+    ) -> tuple[jax.stages.Lowered, jax.stages.Lowered]:
+        """The programs of prompts and of steps, lowered; the model may be of shapes.
+
+        Args:
+          rows: sequences of the batch.
+          length: tokens of the padded prompts.
+          max_len: positions of the cache.
+        """
+        ids = jax.ShapeDtypeStruct((rows, length), jnp.int32)
+        row_params = sampling.row_params([SamplingParams(temperature=0.0)] * rows, [0] * rows)
+        by_row = (row_params, np.zeros(rows, bool), np.ones(rows, np.int32))
+        cache = jax.eval_shape(
+            lambda: init_cache(self.config, rows, max_len, placement=self.placement)
+        )
+        with self._on_mesh():
+            prefill = self._prefill.trace(self._leaves, ids, ids, cache, *by_row, top_logprobs=None)
+            state = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), prefill.out_info)
+            decode = self._decode.lower(
+                self._leaves, state[0], *by_row[:2], steps=STEPS, top_logprobs=None
+            )
+            return prefill.lower(), decode
+
     def _on_mesh(self) -> contextlib.AbstractContextManager[Any]:
         # Not around a `yield`: the context would reach into the caller's code.
         return mesh.use(self.placement and self.placement.mesh)
@@ -184,7 +213,7 @@ class Decoder:
     def put(self, tree: Any) -> Any:
         """Host arrays whose first dimension are the rows of a batch, on the devices."""
         if self.placement is None:
-            return jax.tree.map(jnp.asarray, tree)
+            return jax.device_put(tree)
         return put(tree, self.placement.mesh, *self.placement.rules.spec(["batch"]))
 
     def _check_lengths(self, prompts: Sequence[Sequence[int]], max_len: int | None) -> int:

@@ -10,9 +10,11 @@ import jax
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
+from mimo_jax.config import MiMoConfig
 from mimo_jax.model.attention import Attention
+from mimo_jax.model.backbone import MiMo
 from mimo_jax.model.layers import RMSNorm
-from mimo_jax.model.parameters import ParamSpec, parameters
+from mimo_jax.model.parameters import ParamSpec, abstract, parameters
 from mimo_jax.quant import FP8Array, MXFP4Array
 from pallas_kernels import packed
 from pallas_kernels.backends import REFERENCE, BackendError
@@ -50,6 +52,25 @@ def use_kernels(module: nnx.Module, kernels: Sequence[str], *, native_e2m1: bool
     # The smallest first, so that the holes they leave in memory are taken by others as small.
     for param in sorted(packable, key=lambda p: p.get_value().codes.size):
         param.set_value(pack(param.get_value(), kernels, native_e2m1))
+
+
+def abstract_packed(config: MiMoConfig, kernels: Sequence[str]) -> MiMo:
+    """A model that uses kernels as shapes, to compile for.
+
+    Args:
+      config: of the model.
+      kernels: as for `use_kernels`; weights that they may hold are packed.
+    """
+    kernels = tuple(kernels)
+    model = abstract(lambda make: MiMo(config, make), config.dtype, quantized=True)
+    set_kernels(model, kernels)
+    if kernels == (REFERENCE,):
+        return model
+    for _, param in parameters(model):
+        value = param.get_value()
+        if isinstance(value, FP8Array | MXFP4Array) and has_kernels(param.spec, kernels):
+            param.set_value(jax.eval_shape(functools.partial(packed.pack, kernels=kernels), value))
+    return model
 
 
 def set_kernels(module: nnx.Module, kernels: tuple[str, ...]) -> None:

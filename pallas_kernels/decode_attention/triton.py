@@ -117,7 +117,7 @@ def decode_attention(
         grid=(rows, kv_heads, batch),
         in_specs=[ANYWHERE] * 3,
         out_specs=ANYWHERE,
-        compiler_params=plt.CompilerParams(num_warps=4, num_stages=1),
+        compiler_params=plt.CompilerParams(num_warps=1, num_stages=1),
         interpret=interpret,
         name="decode_attention_combine",
     )(*results, sink)

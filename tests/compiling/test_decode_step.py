@@ -1,6 +1,5 @@
 """Decoding steps of models with kernels, compiled: what they copy, and how much they launch."""
 
-import functools
 import re
 
 import jax
@@ -8,11 +7,9 @@ import jax.numpy as jnp
 import pytest
 
 from mimo_jax.config import MiMoConfig
-from mimo_jax.model.backbone import MiMo
 from mimo_jax.model.cache import init_cache
-from mimo_jax.model.packing import has_kernels, set_kernels
-from mimo_jax.model.parameters import abstract, parameters
-from pallas_kernels import packed, targets
+from mimo_jax.model.packing import abstract_packed
+from pallas_kernels import targets
 from pallas_kernels.backends import resolve
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*Triton.*:DeprecationWarning")
@@ -20,21 +17,10 @@ PRO = MiMoConfig.from_pretrained("MiMo-V2.5-Pro-FP4-DFlash")
 NOT_RUN = {"parameter", "get-tuple-element", "bitcast", "tuple", "constant"}
 
 
-def abstract_model(config, kernels):
-    """A model that is packed for kernels, as shapes."""
-    model = abstract(lambda make: MiMo(config, make), config.dtype, quantized=True)
-    set_kernels(model, kernels)
-    for _, p in parameters(model):
-        if p.spec.format != "plain" and has_kernels(p.spec, kernels):
-            pack = functools.partial(packed.pack, kernels=kernels)
-            p.set_value(jax.eval_shape(pack, p.get_value()))
-    return model
-
-
 def compiled(hardware, layers, batch, tokens, slots=4096):
     """The program of a step of Pro's first layers, and the bytes of its cache."""
     config = PRO.truncated(layers)
-    model = abstract_model(config, resolve("auto", hardware.target))
+    model = abstract_packed(config, resolve("auto", hardware.target))
     cache = jax.eval_shape(lambda: init_cache(config, batch, slots))
     ids = jax.ShapeDtypeStruct((batch, tokens), jnp.int32)
 
