@@ -137,7 +137,7 @@ def _stop_strings(stop: Any) -> tuple[str, ...]:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RowParams:
-    """Sampling parameters on the device, one entry a row of the batch.
+    """Sampling parameters as arrays, one entry a row of the batch.
 
     Attributes:
       temperature: 0 marks a greedy row.
@@ -164,7 +164,7 @@ class Logprobs:
 
 
 def row_params(params: Sequence[SamplingParams], seeds: Sequence[int]) -> RowParams:
-    """The parameters of a batch; `seeds` (0 <= seed < 2**64) take the place of params' own.
+    """The parameters of a batch, on the host; `seeds` (0 <= seed < 2**64) replace params' own.
 
     Rows of the same request (n > 1) need different seeds: `sample_seed` makes them.
 
@@ -175,11 +175,11 @@ def row_params(params: Sequence[SamplingParams], seeds: Sequence[int]) -> RowPar
         raise ValueError(f"{len(params)} rows of parameters but {len(seeds)} seeds; give one a row")
     halves = [divmod(_integer("seed", s, 0, 2**64 - 1), 2**32) for s in seeds]
     return RowParams(
-        temperature=jnp.asarray([0.0 if p.greedy else p.temperature for p in params], jnp.float32),
-        top_p=jnp.asarray([p.top_p for p in params], jnp.float32),
-        top_k=jnp.asarray([p.top_k for p in params], jnp.int32),
-        min_p=jnp.asarray([p.min_p for p in params], jnp.float32),
-        key_data=jnp.asarray(np.array(halves, np.uint32).reshape(-1, 2)),
+        temperature=np.array([0.0 if p.greedy else p.temperature for p in params], np.float32),
+        top_p=np.array([p.top_p for p in params], np.float32),
+        top_k=np.array([p.top_k for p in params], np.int32),
+        min_p=np.array([p.min_p for p in params], np.float32),
+        key_data=np.array(halves, np.uint32).reshape(-1, 2),
     )
 
 

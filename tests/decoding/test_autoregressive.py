@@ -17,9 +17,17 @@ from checkpoint.release_format import make_release
 
 from mimo_jax import checkpoint
 from mimo_jax.decoding import autoregressive, sampling
-from mimo_jax.decoding.autoregressive import STEPS, Block, Decoder, bucket, expanded
+from mimo_jax.decoding.autoregressive import (
+    STEPS,
+    Block,
+    Decoder,
+    bucket,
+    compiler_options,
+    expanded,
+)
 from mimo_jax.decoding.sampling import SamplingParams
 from mimo_jax.model.cache import RING_SLACK, init_cache
+from mimo_jax.model.packing import abstract_packed
 from mimo_jax.quant import QuantizedArray
 from pallas_kernels.attention.reference import QUERY_BLOCK
 
@@ -120,6 +128,7 @@ def test_a_seed_gives_the_same_tokens_in_any_row_of_any_batch():
 def test_tokens_are_sampled_from_the_full_forward():
     (completion,) = generated([prompt(7)], SAMPLED, [123])
     rows = sampling.row_params([SAMPLED] * len(completion), [123] * len(completion))
+    rows = jax.device_put(rows)
     positions = 7 + jnp.arange(len(completion), dtype=jnp.int32)
     expected = sampling.sample(jnp.asarray(logits_of(prompt(7), completion)), rows, positions)
     assert completion == expected.tolist()
@@ -308,3 +317,19 @@ def test_a_model_too_large_to_be_dense_generates_the_same(tmp_path, monkeypatch)
     assert generated([tokens], use=use) == dense
     assert use._decode._cache_size() == 2  # it was compiled for quantised weights
     assert len(set(dense[0])) > 3
+
+
+def test_programs_are_lowered_from_shapes_alone():
+    shapes = abstract_packed(model().config, ("reference",))
+    of_shapes = Decoder(shapes, valid_vocabulary=VOCAB, eos_ids=())
+    for program in of_shapes.lowered(2, 8, 32):
+        assert program.compile().memory_analysis().alias_size_in_bytes > 0  # the cache
+
+
+def test_gpus_do_not_compute_again_what_they_could_keep():
+    assert compiler_options("gpu") == {"xla_disable_hlo_passes": "rematerialization"}
+    assert compiler_options("cpu") is None
+    # The compiler takes it (and refuses what it doesn't know).
+    jax.jit(lambda x: x + 1, compiler_options=compiler_options("gpu"))(jnp.ones(3))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="No such compile option"):
+        jax.jit(lambda x: x + 1, compiler_options={"xla_no_such": "x"})(jnp.ones(3))
