@@ -137,7 +137,7 @@ def _stop_strings(stop: Any) -> tuple[str, ...]:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RowParams:
-    """Sampling parameters as arrays, one entry a row of the batch.
+    """Sampling parameters as arrays, on the host or on devices, one entry a row of the batch.
 
     Attributes:
       temperature: 0 marks a greedy row.
@@ -145,11 +145,11 @@ class RowParams:
       key_data: threefry key of the row's seed.
     """
 
-    temperature: Float32[Array, " B"]
-    top_p: Float32[Array, " B"]
-    top_k: Int32[Array, " B"]
-    min_p: Float32[Array, " B"]
-    key_data: UInt32[Array, "B 2"]
+    temperature: Float32[Any, " B"]
+    top_p: Float32[Any, " B"]
+    top_k: Int32[Any, " B"]
+    min_p: Float32[Any, " B"]
+    key_data: UInt32[Any, "B 2"]
 
 
 @no_type_check  # at run time: jax also puts what it knows of an array in an array's place

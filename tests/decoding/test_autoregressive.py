@@ -323,7 +323,9 @@ def test_programs_are_lowered_from_shapes_alone():
     shapes = abstract_packed(model().config, ("reference",))
     of_shapes = Decoder(shapes, valid_vocabulary=VOCAB, eos_ids=())
     for program in of_shapes.lowered(2, 8, 32):
-        assert program.compile().memory_analysis().alias_size_in_bytes > 0  # the cache
+        memory = program.compile().memory_analysis()
+        assert memory
+        assert memory.alias_size_in_bytes > 0
 
 
 def test_gpus_do_not_compute_again_what_they_could_keep():
