@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AbstractMesh, AxisType, Mesh
+from jax.sharding import AxisType, Mesh
 
 AXES: tuple[str, ...] = ("data", "expert", "tensor")
 
@@ -104,9 +104,3 @@ def _checked(mesh: Mesh) -> Mesh:
     grid = mesh.devices.reshape(*mesh.devices.shape, *[1] * (len(AXES) - len(shape)))
     order = [names.index(a) for a in AXES]
     return Mesh(grid.transpose(order), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
-
-
-def platform(mesh: Mesh | AbstractMesh | None) -> str:
-    """What the devices of a mesh are: "cpu", "gpu" or "tpu"; jax's default without a mesh."""
-    device = getattr(getattr(mesh, "abstract_mesh", None), "abstract_device", None)
-    return jax.default_backend() if device is None else device.platform

@@ -21,7 +21,6 @@ from jaxtyping import Array, Bool, Float, Int
 from pallas_kernels.backends import REFERENCE
 from pallas_kernels.moe import moe, route, scores
 from sharding import collectives
-from sharding.mesh import platform
 from sharding.types import axes_of, entries, explicit_mesh, on_mesh
 
 
@@ -67,7 +66,7 @@ def moe_on_mesh(
     split, width = axes_of(held[0]), axes_of(held[getattr(gate, "ROW_AXIS", 1)])
     travel = tuple(a for a in split if a in tokens)
     summed = tuple(a for a in (*split, *width) if a not in tokens)
-    ragged = collectives.prefers_ragged(platform(mesh))
+    ragged = collectives.prefers_ragged(_platform(mesh))
 
     def local(x: Array, weights: Array, chosen: Array, gate: Any, up: Any, down: Any) -> Array:
         if travel:
@@ -131,3 +130,8 @@ def _destinations(
             place, stride = place + stride * (rest % n), stride * n
         rest = rest // n
     return (place[:, :, None] == jnp.arange(stride)).any(axis=1)
+
+
+def _platform(mesh: Any) -> str:
+    device = getattr(mesh, "abstract_device", None)
+    return jax.default_backend() if device is None else device.platform

@@ -17,14 +17,7 @@ from checkpoint.release_format import make_release
 
 from mimo_jax import checkpoint
 from mimo_jax.decoding import autoregressive, sampling
-from mimo_jax.decoding.autoregressive import (
-    STEPS,
-    Block,
-    Decoder,
-    bucket,
-    compiler_options,
-    expanded,
-)
+from mimo_jax.decoding.autoregressive import STEPS, Block, Decoder, bucket, expanded
 from mimo_jax.decoding.sampling import SamplingParams
 from mimo_jax.model.cache import RING_SLACK, init_cache
 from mimo_jax.model.packing import abstract_packed
@@ -326,12 +319,3 @@ def test_programs_are_lowered_from_shapes_alone():
         memory = program.compile().memory_analysis()
         assert memory
         assert memory.alias_size_in_bytes > 0
-
-
-def test_gpus_do_not_compute_again_what_they_could_keep():
-    assert compiler_options("gpu") == {"xla_disable_hlo_passes": "rematerialization"}
-    assert compiler_options("cpu") is None
-    # The compiler takes it (and refuses what it doesn't know).
-    jax.jit(lambda x: x + 1, compiler_options=compiler_options("gpu"))(jnp.ones(3))
-    with pytest.raises(jax.errors.JaxRuntimeError, match="No such compile option"):
-        jax.jit(lambda x: x + 1, compiler_options={"xla_no_such": "x"})(jnp.ones(3))
