@@ -17,7 +17,7 @@ from typing import Any, no_type_check
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int32
+from jaxtyping import Array, Bool, Float, Int32
 
 from mimo_jax.decoding import sampling
 from mimo_jax.decoding.sampling import Logprobs, RowParams, SamplingParams
@@ -46,17 +46,33 @@ class DecodeState:
       tokens: the newest token of each row, whose keys are not in the cache yet.
       positions: its position.
       remaining: how many more tokens each row may produce; 0 when it is done.
+      drafts: with speculation, tokens [B, n] that may follow, and what the drafter carries.
     """
 
     cache: KVCache
     tokens: Int32[Array, " B"]
     positions: Int32[Array, " B"]
     remaining: Int32[Array, " B"]
+    drafts: Any = None
 
 
-# What the host looks at after a dispatch, whole on every device (and so in every process): tokens
-# [B, n], log-probabilities [B, n, ...] if asked for, and how many more tokens each row may produce.
-Seen = tuple[Int32[Array, "B n"], Logprobs | None, Int32[Array, " B"]]
+@no_type_check  # at run time: jax also puts what it knows of an array in an array's place
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Seen:
+    """What the host looks at after a dispatch, whole on every device (and so in every process).
+
+    Attributes:
+      tokens: produced tokens; -1 where there is none.
+      logprobs: of them [B, n, ...], if asked for.
+      remaining: how many more tokens each row may produce.
+      lengths: with speculation, how many tokens each round produced; 0 where a row was done.
+    """
+
+    tokens: Int32[Array, "B n"]
+    logprobs: Logprobs | None
+    remaining: Int32[Array, " B"]
+    lengths: Int32[Array, "B rounds"] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,12 +80,30 @@ class Block:
     """Tokens that one dispatch produced, on the host.
 
     Attributes:
-      tokens: int32 [B, n]; -1 where a row was done already.
+      tokens: int32 [B, n], a row's one after the other, then -1.
       logprobs: as the device reported them ([B, n, ...]), if asked for.
+      lengths: with speculation, int32 [B, rounds]: how many of them each round produced, 0 where a
+        row was done.
     """
 
     tokens: np.ndarray
     logprobs: Logprobs | None
+    lengths: np.ndarray | None = None
+
+    @classmethod
+    def of(cls, seen: Seen) -> Block:
+        """From what the device reported, without the gaps that speculation leaves."""
+        if seen.lengths is None:
+            return cls(np.asarray(seen.tokens), seen.logprobs)
+        tokens = np.asarray(seen.tokens)
+        order = np.argsort(tokens < 0, axis=1, kind="stable")
+
+        def ordered(a: Any) -> np.ndarray:
+            a = np.asarray(a)
+            return np.take_along_axis(a, order.reshape(*order.shape, *[1] * (a.ndim - 2)), axis=1)
+
+        logprobs = jax.tree.map(ordered, seen.logprobs)
+        return cls(ordered(tokens), logprobs, np.asarray(seen.lengths))
 
 
 def bucket(length: int, limit: int, smallest: int = SMALLEST_BUCKET) -> int:
@@ -102,12 +136,29 @@ class Decoder:
         self.config = model.config
         self.valid_vocabulary = valid_vocabulary
         self.eos_ids = tuple(eos_ids)
-        self._leaves, self._treedef = jax.tree.flatten(model, is_leaf=_is_quantized)
+        self._leaves, self._treedef = jax.tree.flatten(self._modules(model), is_leaf=_is_quantized)
         static = ("top_logprobs",)
         self._prefill = jax.jit(self._prefill_step, static_argnames=static, donate_argnames="cache")
         self._decode = jax.jit(
-            self._decode_steps, static_argnames=("steps", *static), donate_argnames="state"
+            self._decode_steps,
+            static_argnames=(*self._dispatch(), *static),
+            donate_argnames="state",
         )
+
+    def _modules(self, model: MiMo) -> Any:
+        """What the programs are given, flattened."""
+        return model
+
+    def _dispatch(self) -> dict[str, Any]:
+        """The static arguments of the next dispatch of steps."""
+        return {"steps": STEPS}
+
+    def _empty(self, rows: int, cache_len: int) -> Any:
+        """The caches before a prompt."""
+        return init_cache(self.config, rows, cache_len, placement=self.placement)
+
+    def _learn(self, block: Block) -> None:
+        """Looks at what a dispatch of steps has produced."""
 
     def blocks(
         self,
@@ -157,7 +208,7 @@ class Decoder:
             )
         )
         tokens, positions, row_params, ignore_eos, remaining = given
-        cache = init_cache(self.config, rows, cache_len, placement=self.placement)
+        cache = self._empty(rows, cache_len)
         with self._on_mesh():
             leaves = expanded(self._leaves, jnp.dtype(self.config.dtype))
             state, seen = self._prefill(
@@ -166,8 +217,10 @@ class Decoder:
             )  # fmt: skip
         try:
             while True:
-                tokens, logprobs, remaining = jax.device_get(seen)
-                yield Block(tokens[:real], logprobs)
+                got = jax.device_get(seen)
+                block, remaining = Block.of(got), got.remaining
+                self._learn(block)
+                yield dataclasses.replace(block, tokens=block.tokens[:real])
                 active = np.array(remaining)
                 active[list(stopped)] = 0
                 if not active.any():
@@ -176,7 +229,7 @@ class Decoder:
                     state = dataclasses.replace(state, remaining=self.put(active))
                 with self._on_mesh():
                     state, seen = self._decode(
-                        leaves, state, row_params, ignore_eos, steps=STEPS, top_logprobs=top
+                        leaves, state, row_params, ignore_eos, top_logprobs=top, **self._dispatch()
                     )
         finally:
             # After Ctrl-C steps may be under way; a process that ends meanwhile is aborted.
@@ -195,14 +248,12 @@ class Decoder:
         ids = jax.ShapeDtypeStruct((rows, length), jnp.int32)
         row_params = sampling.row_params([SamplingParams(temperature=0.0)] * rows, [0] * rows)
         by_row = (row_params, np.zeros(rows, bool), np.ones(rows, np.int32))
-        cache = jax.eval_shape(
-            lambda: init_cache(self.config, rows, max_len, placement=self.placement)
-        )
+        cache = jax.eval_shape(lambda: self._empty(rows, max_len))
         with self._on_mesh():
             prefill = self._prefill.trace(self._leaves, ids, ids, cache, *by_row, top_logprobs=None)
             state = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), prefill.out_info)
             decode = self._decode.lower(
-                self._leaves, state[0], *by_row[:2], steps=STEPS, top_logprobs=None
+                self._leaves, state[0], *by_row[:2], top_logprobs=None, **self._dispatch()
             )
             return prefill.lower(), decode
 
@@ -245,6 +296,23 @@ class Decoder:
     ) -> tuple[DecodeState, Seen]:
         model = jax.tree.unflatten(self._treedef, leaves)
         hidden, cache, _ = model.hidden_states(tokens, positions, cache)
+        return self._first(
+            model, hidden, positions, cache, tokens, rows, ignore_eos, remaining, top_logprobs
+        )
+
+    def _first(
+        self,
+        model: MiMo,
+        hidden: Float[Array, "B T D"],
+        positions: Int32[Array, "B T"],
+        cache: KVCache,
+        tokens: Int32[Array, "B T"],
+        rows: RowParams,
+        ignore_eos: Bool[Array, " B"],
+        remaining: Int32[Array, " B"],
+        top_logprobs: int | None,
+    ) -> tuple[DecodeState, Seen]:
+        """Draws each row's token after its prompt."""
         last = positions.max(axis=1)
         at = jnp.maximum(last, 0)[:, None, None]
         hidden = jnp.take_along_axis(hidden, at, axis=1)[:, 0]
@@ -252,7 +320,7 @@ class Decoder:
         draw = functools.partial(self._draw, model, rows, ignore_eos, top_logprobs)
         state, token, logprobs = draw(state, hidden)
         by_row = jax.tree.map(lambda a: a[:, None], logprobs)
-        return state, replicated((token[:, None], by_row, state.remaining))
+        return state, replicated(Seen(token[:, None], by_row, state.remaining))
 
     def _decode_steps(
         self,
@@ -279,7 +347,7 @@ class Decoder:
 
         state, (tokens, logprobs) = jax.lax.scan(step, state, length=steps)
         by_row = jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1), logprobs)
-        return state, replicated((tokens.T, by_row, state.remaining))
+        return state, replicated(Seen(tokens.T, by_row, state.remaining))
 
     def _draw(
         self,

@@ -308,6 +308,24 @@ def sample(
     ).astype(jnp.int32)
 
 
+def sample_block(
+    logits: Float32[Array, "B T V"], rows: RowParams, positions: Int32[Array, "B T"]
+) -> Int32[Array, "B T"]:
+    """`sample` of T successive tokens a row, each as if it were alone.
+
+    Args:
+      logits, rows: as of `sample`.
+      positions: of the tokens to draw.
+    """
+    return jax.lax.cond(
+        jnp.any(rows.temperature > 0),
+        lambda: jnp.stack(
+            [sample(logits[:, i], rows, positions[:, i]) for i in range(logits.shape[1])], axis=1
+        ),
+        lambda: jnp.argmax(logits, axis=-1).astype(jnp.int32),
+    )
+
+
 def logprobs(logits: Float32[Array, "B V"], tokens: Int32[Array, " B"], top: int) -> Logprobs:
     """Natural log-probabilities under softmax(logits), unprocessed as vLLM reports them.
 

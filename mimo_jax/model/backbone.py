@@ -132,10 +132,7 @@ class MiMo(nnx.Module):
             placed = sharding(tokens, *entries(tokens))
             positions = jnp.broadcast_to(row, tokens.shape, out_sharding=placed)
         collected = Taps(taps)
-        with jax.named_scope("embed"):
-            table = self.embed_tokens[...]
-            x = table.at[tokens].get(out_sharding=sharding(table, entries(tokens)[0]))
-            x = x.astype(jnp.dtype(self.config.dtype))
+        x = self.embed(tokens)
         caches = []
         for i, layer in enumerate(self.layers):
             with jax.named_scope(f"layer{i}"):
@@ -147,8 +144,18 @@ class MiMo(nnx.Module):
             cache = KVCache(tuple(caches), cache.max_len, cache.slack)
         return x, cache, collected.result()
 
+    def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """What enters the first layer."""
+        with jax.named_scope("embed"):
+            table = self.embed_tokens[...]
+            x = table.at[tokens].get(out_sharding=sharding(table, entries(tokens)[0]))
+            return x.astype(jnp.dtype(self.config.dtype))
+
     def logits(self, hidden: Float[Array, "*b D"]) -> Float[Array, "*b vocab"]:
         """Final norm and head, float32, of the residual stream."""
         with jax.named_scope("head"):
-            h = self.norm(hidden)
-            return contract("...d,vd->...v", h, self.lm_head[...].astype(h.dtype))
+            return self.head(self.norm(hidden))
+
+    def head(self, h: Float[Array, "*b D"]) -> Float[Array, "*b vocab"]:
+        """float32 logits of what a norm has given."""
+        return contract("...d,vd->...v", h, self.lm_head[...].astype(h.dtype))

@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from mimo_jax.config import LayerSpec, MiMoConfig
+from mimo_jax.config import MiMoConfig
 from mimo_jax.model.placement import Placement
 
 RING_SLACK = 128
@@ -80,21 +80,36 @@ def init_cache(
         )
     if slack < 0:
         raise ValueError(f"slack={slack} ring slots beyond the window: it must not be negative")
-    dtype = jnp.dtype(dtype or config.dtype)
+    slots = [max_len if s.window is None else s.window + slack for s in config.layers]
+    sizes = [
+        (n, s.num_kv_heads, s.head_dim, s.v_head_dim)
+        for n, s in zip(slots, config.layers, strict=True)
+    ]
+    layers = empty_layers(sizes, batch, dtype or config.dtype, placement)
+    return KVCache(layers, max_len, slack)
+
+
+def empty_layers(
+    sizes: Sequence[tuple[int, int, int, int]],
+    batch: int,
+    dtype: Any,
+    placement: Placement | None = None,
+) -> tuple[LayerCache, ...]:
+    """Caches of layers, with nothing in them.
+
+    Args:
+      sizes: slots S, KV heads K, and widths H and V of each layer.
+      batch: sequences B.
+      dtype: of keys and values.
+      placement: as for `init_cache`.
+    """
 
     def array(*shape: int) -> jax.ShapeDtypeStruct:
         placed = None if placement is None else placement.sharding("cache", CACHE_AXES, shape)
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=placed)
+        return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=placed)
 
-    def layer(spec: LayerSpec) -> LayerCache:
-        slots = max_len if spec.window is None else spec.window + slack
-        return LayerCache(
-            array(batch, slots, spec.num_kv_heads, spec.head_dim),
-            array(batch, slots, spec.num_kv_heads, spec.v_head_dim),
-        )
-
-    cache = KVCache(tuple(layer(s) for s in config.layers), max_len, slack)
-    arrays, structure = jax.tree.flatten(cache)
+    layers = tuple(LayerCache(array(batch, s, k, h), array(batch, s, k, v)) for s, k, h, v in sizes)
+    arrays, structure = jax.tree.flatten(layers)
     return jax.tree.unflatten(structure, _zeros(tuple(arrays))())
 
 

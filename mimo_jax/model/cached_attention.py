@@ -24,7 +24,13 @@ from pallas_kernels.backends import REFERENCE
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.decode_attention.reference import refused, visible_slots
 from pallas_kernels.rotate_and_store import Heads, rotate_and_store
-from pallas_kernels.rotate_and_store.reference import split, store
+from pallas_kernels.rotate_and_store.reference import (
+    apply_rotary,
+    rotary_angles,
+    scaled,
+    split,
+    store,
+)
 from sharding.types import Entry, entries, on_mesh, reshard
 
 
@@ -38,9 +44,10 @@ def cached_attention(
     window: int | None,
     group: Entry = None,
     kernels: Sequence[str] = (REFERENCE,),
+    causal: bool = True,
     with_weights: bool = False,
 ) -> tuple[Float[Array, "B T K G V"], LayerCache | None, Float[Array, "B K G T S"] | None]:
-    """Causal softmax attention over what a cache holds and the tokens themselves.
+    """Softmax attention over what a cache holds and the tokens themselves.
 
     Args:
       fused: the tokens' queries, keys and values as they were projected, in C chunks of rows.
@@ -51,6 +58,8 @@ def cached_attention(
       window: positions that a token sees, its own included, and the cache is a ring; None for all.
       group: mesh axes that share out the query heads of a KV head.
       kernels: backends that may be used.
+      causal: tokens see no later ones.  Otherwise all see each other, which has to be a few tokens
+        and a cache.
       with_weights: whether to return the weights too, which are then computed in plain jnp.
 
     Returns:
@@ -64,7 +73,9 @@ def cached_attention(
         into = functools.partial(rotate_and_store, heads=heads, ring=ring, kernels=kernels)
         q, *new = on_mesh(into, rows, fused, positions, cache.k, cache.v)
         cache = LayerCache(*new)
-        look, held = _at_slots, (cache,)
+        look, held = functools.partial(_at_slots, causal=causal), (cache,)
+    elif not causal:
+        raise ValueError(f"{t} tokens that see each other need a cache, and to be few")
     else:
         q, k, v = on_mesh(functools.partial(split, heads=heads), rows, fused, positions)
         look, held = _in_order, (k, v, cache)
@@ -81,6 +92,32 @@ def cached_attention(
     return out, cache, weights
 
 
+def store_context(
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K V"],
+    positions: Int[Array, "B T"],
+    cache: LayerCache,
+    heads: Heads,
+) -> LayerCache:
+    """A ring with keys, which are rotated first, and values, which are scaled, in their slots.
+
+    Args:
+      k, v: of T positions, in natural order.
+      positions: as in `cached_attention`; those that are negative are not stored.
+      cache: the ring.
+      heads: how to rotate and scale.
+    """
+
+    def put(k: Array, v: Array, positions: Array, cache: LayerCache) -> LayerCache:
+        k = apply_rotary(k, *rotary_angles(positions, heads.rotary, heads.theta))
+        v = scaled(v, heads)
+        pairs = ((cache.k, k), (cache.v, v))
+        return LayerCache(*(store(*pair, positions, ring=True) for pair in pairs))
+
+    rows = P(*entries(k)[:3])
+    return on_mesh(put, rows, k, v, positions, cache)
+
+
 def _at_slots(
     q: Array,
     positions: Array,
@@ -89,14 +126,15 @@ def _at_slots(
     *,
     window: int | None,
     kernels: Sequence[str],
+    causal: bool,
     with_weights: bool,
 ) -> tuple[Array, Array | None]:
     """Attention of tokens that are in the cache already."""
     k, v = cache.k, cache.v
     if with_weights:
-        seen = visible_slots(positions, (q.shape[1], k.shape[1]), window=window)
+        seen = visible_slots(positions, (q.shape[1], k.shape[1]), window=window, causal=causal)
         return attend(q, k, v, seen, sink)
-    options = {"window": window, "sink": sink, "kernels": kernels}
+    options = {"window": window, "causal": causal, "sink": sink, "kernels": kernels}
     return decode_attention(q, k, v, positions, **options), None
 
 

@@ -17,7 +17,7 @@ from pallas_kernels.backends import REFERENCE
 from pallas_kernels.einsum import einsum32
 from pallas_kernels.packed import Packed
 from pallas_kernels.rms_norm import rms_norm
-from sharding.types import entries, on_mesh, sharding
+from sharding.types import entries, on_mesh, reshard, sharding
 
 
 def linear(x: Float[Array, "*b D"], w: Any, *, like: Array | None = None) -> Float[Array, "*b *F"]:
@@ -42,6 +42,14 @@ def contract(equation: str, *operands: Array, like: Array | None = None) -> Arra
     """
     placed = None if like is None else sharding(like, *entries(like))
     return einsum32(equation, *operands, out_sharding=placed)
+
+
+def joined_linear(
+    x: Float[Array, "B T F"], w: Float[Array, "D F"], *, like: Float[Array, "B T D"]
+) -> Float[Array, "B T D"]:
+    """x W^T of several things side by side, whose columns of W may be split; sharded as `like`."""
+    x = reshard(x, *entries(x)[:2], entries(w)[1])
+    return contract("btf,df->btd", x, w.astype(x.dtype), like=like).astype(x.dtype)
 
 
 class RMSNorm(nnx.Module):

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from mimo_jax.config import MiMoConfig
 from mimo_jax.model.attention import Attention
 from mimo_jax.model.backbone import MiMo
+from mimo_jax.model.dflash import DFlashAttention
 from mimo_jax.model.layers import RMSNorm
 from mimo_jax.model.parameters import ParamSpec, abstract, parameters
 from mimo_jax.quant import FP8Array, MXFP4Array
@@ -76,7 +77,7 @@ def abstract_packed(config: MiMoConfig, kernels: Sequence[str]) -> MiMo:
 def set_kernels(module: nnx.Module, kernels: tuple[str, ...]) -> None:
     """Has what computes without quantised weights use kernels: norms and attention."""
     for _, part in nnx.iter_modules(module):
-        if isinstance(part, Attention | RMSNorm):
+        if isinstance(part, Attention | DFlashAttention | RMSNorm):
             part.kernels = kernels
 
 

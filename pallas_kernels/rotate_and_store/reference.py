@@ -71,11 +71,14 @@ def split(
     q, k, v = jnp.split(fused, [n_q, n_q + n_k], axis=-1)
     lead = (*fused.shape[:2], fused.shape[2] * heads.kv_heads)
     q, k = q.reshape(*lead, heads.group, heads.head), k.reshape(*lead, heads.head)
-    v = v.reshape(*lead, heads.value)
-    if heads.value_scale is not None:
-        v = v * jnp.asarray(heads.value_scale, v.dtype)
+    v = scaled(v.reshape(*lead, heads.value), heads)
     cos, sin = rotary_angles(positions, heads.rotary, heads.theta)
     return apply_rotary(q, cos, sin), apply_rotary(k, cos, sin), v
+
+
+def scaled(v: Float[Array, "*b V"], heads: Heads) -> Float[Array, "*b V"]:
+    """Values as the cache has them."""
+    return v if heads.value_scale is None else v * jnp.asarray(heads.value_scale, v.dtype)
 
 
 def rotary_angles(

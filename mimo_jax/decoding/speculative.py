@@ -1,0 +1,206 @@
+"""Speculative decoding: a drafter proposes tokens and the backbone verifies them, losing nothing.
+
+The backbone runs the newest token and the proposals at once and draws, at every row, the token that
+plain decoding would draw there: the most probable one, or one by noise that depends on nothing but
+the request's seed and the position (`sampling.sample`).  Proposals are kept up to the first that
+differs from what was drawn, and the token drawn in its place, or after the last, is kept too.  So
+the tokens are those of plain decoding with the same seed, whatever the drafter proposes, and their
+distribution is the processed one of the backbone: nothing is rejected that has to be made up for.
+
+All of it, several rounds, is one program on the device.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int32
+
+from mimo_jax.decoding import sampling
+from mimo_jax.decoding.autoregressive import Decoder, DecodeState, Seen
+from mimo_jax.decoding.drafters import Drafter, Rows
+from mimo_jax.decoding.sampling import RowParams
+from mimo_jax.model.backbone import MiMo
+from mimo_jax.model.placement import Placement
+from sharding.types import replicated
+
+# Rounds a dispatch, as many as produce some ten tokens or two.
+ROUNDS = 6
+
+
+def accepted(drafts: Int32[Array, "B n"], drawn: Int32[Array, "B n+1"]) -> Int32[Array, " B"]:
+    """How many proposals are kept: those before the first that differs from what was drawn."""
+    same = (drafts == drawn[:, :-1]).astype(jnp.int32)
+    return jnp.cumprod(same, axis=1).sum(axis=1)
+
+
+def kept(
+    drawn: Int32[Array, "B W"],
+    accepted: Int32[Array, " B"],
+    remaining: Int32[Array, " B"],
+    ends: Bool[Array, "B W"],
+) -> tuple[Int32[Array, " B"], Bool[Array, " B"]]:
+    """How many of the drawn tokens a row produces, and whether the last of them ends it.
+
+    Args:
+      drawn: a row's tokens.
+      accepted: proposals that are right, after which one more token is.
+      remaining: how many more tokens the row may produce; 0 when it is done.
+      ends: which of the tokens would end it.
+    """
+    column = jnp.arange(drawn.shape[1], dtype=jnp.int32)
+    count = jnp.minimum(accepted + 1, remaining)
+    first_end = jnp.min(jnp.where(ends, column, drawn.shape[1]), axis=1)
+    return jnp.minimum(count, first_end + 1), first_end < count
+
+
+class SpeculativeDecoder(Decoder):
+    """`Decoder` with a drafter: the same tokens in fewer steps.
+
+    Args:
+      drafter: what proposes tokens.
+      width: tokens of a row that are verified at once, the newest and proposals; all by default.
+      **options: of `Decoder`.
+
+    Raises:
+      ValueError: the width is not 2 to one more than the drafter proposes.
+    """
+
+    def __init__(
+        self,
+        model: MiMo,
+        drafter: Drafter,
+        *,
+        valid_vocabulary: int,
+        eos_ids: Sequence[int],
+        placement: Placement | None = None,
+        width: int | None = None,
+    ):
+        self.drafter = drafter
+        most = 1 + drafter.tokens
+        if width is not None and not 2 <= width <= most:
+            raise ValueError(
+                f"a draft width of {width} is outside 2..{most}: a round verifies the newest token "
+                f"and up to {drafter.tokens} proposals of {drafter.name}"
+            )
+        self.width = most if width is None else width
+        super().__init__(
+            model, valid_vocabulary=valid_vocabulary, eos_ids=eos_ids, placement=placement
+        )
+
+    def _modules(self, model: MiMo) -> Any:
+        return model, self.drafter.module
+
+    def _dispatch(self) -> dict[str, Any]:
+        return {"rounds": ROUNDS, "width": self.width}
+
+    def _empty(self, rows: int, cache_len: int) -> Any:
+        state = self.drafter.init(rows, self.config.dtype, self.placement)
+        return super()._empty(rows, cache_len), state
+
+    def _prefill_step(
+        self,
+        leaves: list[Any],
+        tokens: Int32[Array, "B T"],
+        positions: Int32[Array, "B T"],
+        cache: Any,
+        rows: RowParams,
+        ignore_eos: Bool[Array, " B"],
+        remaining: Int32[Array, " B"],
+        *,
+        top_logprobs: int | None,
+    ) -> tuple[DecodeState, Seen]:
+        model, module = jax.tree.unflatten(self._treedef, leaves)
+        cache, carried = cache
+        hidden, cache, taps = model.hidden_states(tokens, positions, cache, taps=self.drafter.taps)
+        state, seen = self._first(
+            model, hidden, positions, cache, tokens, rows, ignore_eos, remaining, top_logprobs
+        )
+        last = jnp.maximum(positions.max(axis=1), 0)
+        column = jnp.arange(tokens.shape[1], dtype=jnp.int32)
+        following = jnp.where(
+            column == last[:, None], state.tokens[:, None], jnp.roll(tokens, -1, axis=1)
+        )
+        run = Rows(positions, hidden, taps, following, last)
+        choose = functools.partial(self._choose, rows)
+        drafts = self.drafter.draft(module, model, carried, run, choose)
+        return dataclasses.replace(state, drafts=drafts), seen
+
+    def _decode_steps(
+        self,
+        leaves: list[Any],
+        state: DecodeState,
+        rows: RowParams,
+        ignore_eos: Bool[Array, " B"],
+        *,
+        rounds: int,
+        width: int,
+        top_logprobs: int | None,
+    ) -> tuple[DecodeState, Seen]:
+        model, module = jax.tree.unflatten(self._treedef, leaves)
+
+        def one(state: DecodeState, _: None) -> tuple[DecodeState, Any]:
+            state, run, made = self._verify(model, rows, ignore_eos, top_logprobs, width, state)
+            choose = functools.partial(self._choose, rows)
+            drafts = self.drafter.draft(module, model, state.drafts[1], run, choose)
+            return dataclasses.replace(state, drafts=drafts), made
+
+        state, made = jax.lax.scan(one, state, length=rounds)
+        tokens, logprobs, lengths = jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1), made)
+        tokens, logprobs = jax.tree.map(
+            lambda a: a.reshape(a.shape[0], -1, *a.shape[3:]), (tokens, logprobs)
+        )
+        return state, replicated(Seen(tokens, logprobs, state.remaining, lengths))
+
+    def _verify(
+        self,
+        model: MiMo,
+        rows: RowParams,
+        ignore_eos: Bool[Array, " B"],
+        top_logprobs: int | None,
+        width: int,
+        state: DecodeState,
+    ) -> tuple[DecodeState, Rows, Any]:
+        """Runs each row's newest token and proposals; what is kept, and all for the drafter."""
+        proposed = state.drafts[0][:, : width - 1]
+        tokens = jnp.concatenate([state.tokens[:, None], proposed], axis=1)
+        active = (state.remaining > 0)[:, None]
+        offset = jnp.arange(width, dtype=jnp.int32)
+        positions = jnp.where(active, state.positions[:, None] + offset, -1)
+        hidden, cache, taps = model.hidden_states(
+            tokens, positions, state.cache, taps=self.drafter.taps
+        )
+        logits = sampling.mask_vocabulary(model.logits(hidden), self.valid_vocabulary)
+        drawn = sampling.sample_block(logits, rows, positions + 1)
+        logprobs = None
+        if top_logprobs is not None:
+            logprobs = jax.tree.map(
+                lambda *columns: jnp.stack(columns, axis=1),
+                *[sampling.logprobs(logits[:, i], drawn[:, i], top_logprobs) for i in range(width)],
+            )
+        ends = jnp.isin(drawn, jnp.asarray(self.eos_ids, jnp.int32)) & ~ignore_eos[:, None]
+        count, ended = kept(drawn, accepted(proposed, drawn), state.remaining, ends)
+        last = jnp.maximum(count - 1, 0)
+        newest = jnp.take_along_axis(drawn, last[:, None], axis=1)[:, 0]
+        after = DecodeState(
+            cache,
+            jnp.where(count > 0, newest, state.tokens),
+            state.positions + count,
+            jnp.where(ended, 0, state.remaining - count),
+            state.drafts,
+        )
+        made = jnp.where(offset < count[:, None], drawn, -1)
+        return after, Rows(positions, hidden, taps, drawn, last), (made, logprobs, count)
+
+    def _choose(
+        self, rows: RowParams, logits: Float[Array, "B V"], positions: Int32[Array, " B"]
+    ) -> Int32[Array, " B"]:
+        """Draws a proposal as if the drafter were the backbone."""
+        return sampling.sample(
+            sampling.mask_vocabulary(logits, self.valid_vocabulary), rows, positions
+        )
