@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -19,8 +19,10 @@ from mimo_jax import checkpoint, tokenizer
 from mimo_jax.checkpoint import Progress
 from mimo_jax.config import MiMoConfig
 from mimo_jax.decoding.autoregressive import Decoder, bucket
+from mimo_jax.decoding.drafters import DFlashDrafter, Drafter, MTPDrafter
 from mimo_jax.decoding.outputs import GenerationOutput, Metrics, Row
 from mimo_jax.decoding.sampling import SamplingParams, sample_seed
+from mimo_jax.decoding.speculative import SpeculativeDecoder, Width
 from mimo_jax.model.backbone import MiMo
 from mimo_jax.model.packing import use_kernels
 from pallas_kernels.backends import Target, resolve
@@ -30,6 +32,7 @@ from sharding.mesh import make_mesh, use
 from sharding.rules import ShardingRules
 from sharding.types import entries, reshard
 
+Speculative = Literal["mtp", "dflash"] | None
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]] | np.ndarray
 
 _CACHE_VARIABLE = "MIMO_JAX_COMPILATION_CACHE"
@@ -170,6 +173,7 @@ class LanguageModel:
             eos_ids=self.eos_ids,
             placement=self.placement,
         )
+        self._speculative: dict[tuple[str, Width], SpeculativeDecoder] = {}
         self._forward = jax.jit(_logits)
 
     def logits(self, token_ids: Any) -> Float[Array, "B T vocab"]:
@@ -212,6 +216,8 @@ class LanguageModel:
         *,
         batch_size: int = 16,
         max_len: int | None = None,
+        speculative: Speculative = None,
+        draft_width: Width = None,
     ) -> list[GenerationOutput]:
         """Completes prompts, in order.
 
@@ -225,12 +231,18 @@ class LanguageModel:
           params: sampling parameters, one for all or one a prompt; greedy by default.
           batch_size: completions decoded together.
           max_len: length of the cache, prompt and completion together; by default what is needed.
+          speculative: what proposes tokens that the model verifies, several at once: "mtp",
+            "dflash" or None.  The tokens are the same (in other shapes arithmetic rounds
+            differently, as in other batches).
+          draft_width: how many tokens are verified at once, the newest and proposals: a number,
+            None for all, or "adaptive".
 
         Raises:
           TypeError: a prompt is nothing of these.
-          ValueError: a prompt is empty, malformed, or too long for the model or for max_len, or
-            batch_size is not positive.
+          ValueError: a prompt is empty, malformed, or too long for the model or for max_len,
+            batch_size is not positive, or the checkpoint has no such drafter.
         """
+        decoder = self.decoder_for(speculative, draft_width)
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; at least one completion must fit")
         listed = list(_listed(prompts))
@@ -248,6 +260,7 @@ class LanguageModel:
             batch = [Row(each[i], self.tokenizer, self.eos_ids) for i, _ in part]
             started = time.perf_counter()
             for _ in self._run(
+                decoder,
                 batch,
                 [ids[i] for i, _ in part],
                 [sample_seed(seeds[i], k) for i, k in part],
@@ -258,16 +271,63 @@ class LanguageModel:
                 done[i].append((row, started))
         return [_output(ids[i], rows) for i, rows in enumerate(done)]
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Stream:
+    def stream(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        speculative: Speculative = None,
+        draft_width: Width = None,
+    ) -> Stream:
         """Completes one prompt, yielding text as it becomes certain; `.output` has the rest.
 
+        Args:
+          prompt, params, speculative, draft_width: as of `generate`.
+
         Raises:
-          ValueError: the prompt is empty, malformed or too long, or params.n is not 1.
+          ValueError: the prompt is empty, malformed or too long, params.n is not 1, or the
+            checkpoint has no such drafter.
         """
         params = SamplingParams(temperature=0.0) if params is None else params
         if params.n != 1:
             raise ValueError(f"stream completes a prompt once, found n={params.n}; use generate")
-        return Stream(self, self.encode(prompt), params)
+        decoder = self.decoder_for(speculative, draft_width)
+        return Stream(self, self.encode(prompt), params, decoder)
+
+    def decoder_for(self, speculative: Speculative = None, draft_width: Width = None) -> Decoder:
+        """What `generate` decodes with; the same one for the same options.
+
+        Raises:
+          ValueError: the checkpoint has no such drafter, or its blocks are not so wide.
+        """
+        if speculative is None:
+            if draft_width is not None:
+                raise ValueError("draft_width= is of speculative decoding; give speculative= too")
+            return self.decoder
+        key = (speculative, draft_width)
+        if key not in self._speculative:
+            self._speculative[key] = SpeculativeDecoder(
+                self.model,
+                self._drafter(speculative),
+                valid_vocabulary=self.decoder.valid_vocabulary,
+                eos_ids=self.eos_ids,
+                placement=self.placement,
+                width=draft_width,
+            )
+        return self._speculative[key]
+
+    def _drafter(self, name: str) -> Drafter:
+        if name == "mtp" and self.mtp is not None:
+            return MTPDrafter(self.mtp, self.config)
+        if name == "dflash" and self.drafter is not None:
+            return DFlashDrafter(self.drafter)
+        held = [n for n, m in (("mtp", self.mtp), ("dflash", self.drafter)) if m is not None]
+        there = f"it has {' and '.join(held)}" if held else "it has none"
+        raise ValueError(
+            f"speculative={name!r}: this checkpoint has no such drafter; {there}"
+            if name in ("mtp", "dflash")
+            else f'speculative={name!r}: expected "mtp", "dflash" or None'
+        )
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt of any kind.
@@ -287,18 +347,20 @@ class LanguageModel:
         return ids
 
     def _run(
-        self, batch: list[Row], prompts: list[list[int]], seeds: list[int], max_len: int | None
+        self,
+        decoder: Decoder,
+        batch: list[Row],
+        prompts: list[list[int]],
+        seeds: list[int],
+        max_len: int | None,
     ) -> Iterator[list[str]]:
         """Decodes a batch of rows; yields each row's new text after every block."""
         stopped: set[int] = set()
-        blocks = self.decoder.blocks(
+        blocks = decoder.blocks(
             prompts, [r.params for r in batch], seeds, max_len=max_len, stopped=stopped
         )
         for block in blocks:
-            yield [
-                "" if row.ended else row.take(block.tokens[i], i, block.logprobs)
-                for i, row in enumerate(batch)
-            ]
+            yield ["" if row.ended else row.take(block, i) for i, row in enumerate(batch)]
             stopped.update(i for i, row in enumerate(batch) if row.ended)
         yield [row.finish() for row in batch]
 
@@ -312,11 +374,13 @@ def _logits(model: MiMo, inputs: tuple[Array, Array]) -> Array:
 class Stream:
     """Text of one completion as it is generated; iterate, then read `output`."""
 
-    def __init__(self, lm: LanguageModel, prompt: list[int], params: SamplingParams):
+    def __init__(
+        self, lm: LanguageModel, prompt: list[int], params: SamplingParams, decoder: Decoder
+    ):
         self._prompt = prompt
         self._row = Row(params, lm.tokenizer, lm.eos_ids)
         seed = _some_seed() if params.seed is None else params.seed
-        self._pieces = lm._run([self._row], [prompt], [seed], None)
+        self._pieces = lm._run(decoder, [self._row], [prompt], [seed], None)
         self._started = time.perf_counter()
 
     def __iter__(self) -> Iterator[str]:
@@ -381,5 +445,7 @@ def _output(prompt: list[int], rows: Sequence[tuple[Row, float]]) -> GenerationO
         tpot_s=sum(s for s, _ in spans) / steps if steps else 0.0,
         prompt_tokens=len(prompt),
         generated_tokens=sum(len(t) for t, _ in times),
+        acceptance_lengths=tuple(n for row, _ in rows for n, _ in row.rounds),
+        draft_widths=tuple(w for row, _ in rows for _, w in row.rounds),
     )
     return GenerationOutput(prompt, completions, metrics)

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any, no_type_check
 
@@ -84,11 +85,13 @@ class Block:
       logprobs: as the device reported them ([B, n, ...]), if asked for.
       lengths: with speculation, int32 [B, rounds]: how many of them each round produced, 0 where a
         row was done.
+      width: how many tokens of a row these rounds verified at once.
     """
 
     tokens: np.ndarray
     logprobs: Logprobs | None
     lengths: np.ndarray | None = None
+    width: int = 1
 
     @classmethod
     def of(cls, seen: Seen) -> Block:
@@ -104,6 +107,11 @@ class Block:
 
         logprobs = jax.tree.map(ordered, seen.logprobs)
         return cls(ordered(tokens), logprobs, np.asarray(seen.lengths))
+
+    def first(self, rows: int) -> Block:
+        """That of the first rows; log-probabilities stay as they are."""
+        lengths = None if self.lengths is None else self.lengths[:rows]
+        return dataclasses.replace(self, tokens=self.tokens[:rows], lengths=lengths)
 
 
 def bucket(length: int, limit: int, smallest: int = SMALLEST_BUCKET) -> int:
@@ -137,6 +145,7 @@ class Decoder:
         self.valid_vocabulary = valid_vocabulary
         self.eos_ids = tuple(eos_ids)
         self._leaves, self._treedef = jax.tree.flatten(self._modules(model), is_leaf=_is_quantized)
+        self._ran: set[tuple[Any, ...]] = set()
         static = ("top_logprobs",)
         self._prefill = jax.jit(self._prefill_step, static_argnames=static, donate_argnames="cache")
         self._decode = jax.jit(
@@ -157,8 +166,9 @@ class Decoder:
         """The caches before a prompt."""
         return init_cache(self.config, rows, cache_len, placement=self.placement)
 
-    def _learn(self, block: Block) -> None:
-        """Looks at what a dispatch of steps has produced."""
+    def _learn(self, block: Block, seconds: float | None) -> Block:
+        """Looks at what a dispatch has produced, in how many seconds if nothing was compiled."""
+        return block
 
     def blocks(
         self,
@@ -215,22 +225,25 @@ class Decoder:
                 leaves, tokens, positions, cache, row_params, ignore_eos, remaining,
                 top_logprobs=top,
             )  # fmt: skip
+        started = None
         try:
             while True:
                 got = jax.device_get(seen)
-                block, remaining = Block.of(got), got.remaining
-                self._learn(block)
-                yield dataclasses.replace(block, tokens=block.tokens[:real])
-                active = np.array(remaining)
+                block = self._learn(Block.of(got), started and time.perf_counter() - started)
+                yield block.first(real)
+                active = np.array(got.remaining)
                 active[list(stopped)] = 0
                 if not active.any():
                     return
-                if (active != remaining).any():
+                if (active != got.remaining).any():
                     state = dataclasses.replace(state, remaining=self.put(active))
+                options = {"top_logprobs": top, **self._dispatch()}
+                program = (rows, cache_len, *options.values())
+                # The first time would be that of compiling it.
+                started = time.perf_counter() if program in self._ran else None
+                self._ran.add(program)
                 with self._on_mesh():
-                    state, seen = self._decode(
-                        leaves, state, row_params, ignore_eos, top_logprobs=top, **self._dispatch()
-                    )
+                    state, seen = self._decode(leaves, state, row_params, ignore_eos, **options)
         finally:
             # After Ctrl-C steps may be under way; a process that ends meanwhile is aborted.
             jax.block_until_ready(seen)

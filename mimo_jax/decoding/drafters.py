@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Protocol, no_type_check
+from typing import Any, Protocol, no_type_check, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -66,20 +66,29 @@ class Rows:
         )
 
 
+@runtime_checkable
 class Drafter(Protocol):
-    """A way to propose tokens.
+    """A way to propose tokens."""
 
-    Attributes:
-      name: what people call it.
-      module: its parameters.
-      taps: what it wants to know of the backbone (`mimo_jax.model.taps`).
-      tokens: how many it proposes.
-    """
+    @property
+    def name(self) -> str:
+        """What people call it."""
+        ...
 
-    name: str
-    module: nnx.Module
-    taps: tuple[str, ...]
-    tokens: int
+    @property
+    def module(self) -> nnx.Module:
+        """Its parameters."""
+        ...
+
+    @property
+    def taps(self) -> tuple[str, ...]:
+        """What it wants to know of the backbone (`mimo_jax.model.taps`)."""
+        ...
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens it proposes."""
+        ...
 
     def init(self, batch: int, dtype: Any, placement: Placement | None) -> Any:
         """Its state before a prompt."""

@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from mimo_jax.decoding.autoregressive import Block
+from mimo_jax.decoding.draft_width import by_position
 from mimo_jax.decoding.sampling import Logprobs, SamplingParams
 from mimo_jax.tokenizer import StopChecker, StreamDecoder
 
@@ -49,6 +51,7 @@ class Metrics:
       tpot_s: a token, from the first to the last; 0 for a single token.
       prompt_tokens, generated_tokens: counts, the latter over all completions.
       acceptance_lengths: tokens that each speculative round produced; empty without speculation.
+      draft_widths: tokens that it verified at once.
     """
 
     ttft_s: float
@@ -56,6 +59,19 @@ class Metrics:
     prompt_tokens: int
     generated_tokens: int
     acceptance_lengths: tuple[int, ...] = ()
+    draft_widths: tuple[int, ...] = ()
+
+    @property
+    def tokens_per_round(self) -> float:
+        """Mean of acceptance_lengths; 1 without speculation."""
+        lengths = self.acceptance_lengths
+        return sum(lengths) / len(lengths) if lengths else 1.0
+
+    @property
+    def acceptance_by_position(self) -> tuple[float, ...]:
+        """Share of rounds that kept the first proposal, the first two, and so on, of the rounds
+        that proposed so many.  A round that a request's end cut short counts as it ended."""
+        return by_position(self.acceptance_lengths, self.draft_widths)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +116,7 @@ class Row:
         self.params = params
         self.ended = False
         self.token_times: list[float] = []
+        self.rounds: list[tuple[int, int]] = []  # tokens produced, and verified at once
         self._eos_ids = () if params.ignore_eos else eos_ids
         self._ids: list[int] = []
         self._text: list[str] = []
@@ -108,10 +125,12 @@ class Row:
         self._decoder = None if tokenizer is None else StreamDecoder(tokenizer)
         self._checker = StopChecker(params.stop)
 
-    def take(self, tokens: np.ndarray, row: int, logprobs: Logprobs | None) -> str:
-        """Takes a block's tokens [n] (negative: none) of this row and returns the new text."""
-        now, new = time.perf_counter(), ""
-        for i, token in enumerate(tokens.tolist()):
+    def take(self, block: Block, row: int) -> str:
+        """Takes what a block has for a row and returns the new text."""
+        now, new, logprobs = time.perf_counter(), "", block.logprobs
+        if block.lengths is not None:
+            self.rounds += [(n, block.width) for n in block.lengths[row].tolist() if n]
+        for i, token in enumerate(block.tokens[row].tolist()):
             if token < 0 or self.ended:
                 break
             self._ids.append(token)

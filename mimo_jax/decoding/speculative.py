@@ -15,19 +15,23 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int32
 
 from mimo_jax.decoding import sampling
-from mimo_jax.decoding.autoregressive import Decoder, DecodeState, Seen
+from mimo_jax.decoding.autoregressive import Block, Decoder, DecodeState, Seen
+from mimo_jax.decoding.draft_width import AdaptiveWidth, Cost
 from mimo_jax.decoding.drafters import Drafter, Rows
 from mimo_jax.decoding.sampling import RowParams
 from mimo_jax.model.backbone import MiMo
 from mimo_jax.model.placement import Placement
 from sharding.types import replicated
+
+Width = int | Literal["adaptive"] | None
 
 # Rounds a dispatch, as many as produce some ten tokens or two.
 ROUNDS = 6
@@ -63,9 +67,10 @@ class SpeculativeDecoder(Decoder):
     """`Decoder` with a drafter: the same tokens in fewer steps.
 
     Args:
+      model, valid_vocabulary, eos_ids, placement: as of `Decoder`.
       drafter: what proposes tokens.
-      width: tokens of a row that are verified at once, the newest and proposals; all by default.
-      **options: of `Decoder`.
+      width: tokens of a row that are verified at once, the newest and proposals: a number, None for
+        all, or "adaptive" for what pays best with the acceptance so far (`AdaptiveWidth`).
 
     Raises:
       ValueError: the width is not 2 to one more than the drafter proposes.
@@ -79,16 +84,18 @@ class SpeculativeDecoder(Decoder):
         valid_vocabulary: int,
         eos_ids: Sequence[int],
         placement: Placement | None = None,
-        width: int | None = None,
+        width: Width = None,
     ):
         self.drafter = drafter
         most = 1 + drafter.tokens
-        if width is not None and not 2 <= width <= most:
+        if width not in (None, "adaptive", *range(2, most + 1)):
             raise ValueError(
-                f"a draft width of {width} is outside 2..{most}: a round verifies the newest token "
-                f"and up to {drafter.tokens} proposals of {drafter.name}"
+                f"draft width {width!r}: expected 2 to {most}, the newest token and up to "
+                f'{drafter.tokens} proposals of {drafter.name}, or "adaptive"'
             )
-        self.width = most if width is None else width
+        self.width = width if isinstance(width, int) else most
+        self._bytes = Cost.of(model, _bytes_of(drafter.module), 1) if width == "adaptive" else None
+        self._adaptive: AdaptiveWidth | None = None
         super().__init__(
             model, valid_vocabulary=valid_vocabulary, eos_ids=eos_ids, placement=placement
         )
@@ -99,7 +106,21 @@ class SpeculativeDecoder(Decoder):
     def _dispatch(self) -> dict[str, Any]:
         return {"rounds": ROUNDS, "width": self.width}
 
+    def _learn(self, block: Block, seconds: float | None) -> Block:
+        if block.lengths is None:
+            return block
+        block = dataclasses.replace(block, width=self.width)
+        if self._adaptive is not None:
+            each = None if seconds is None else seconds / ROUNDS
+            self._adaptive.learn(np.asarray(block.lengths), self.width, each)
+            self.width = self._adaptive.choose()
+        return block
+
     def _empty(self, rows: int, cache_len: int) -> Any:
+        if self._bytes is not None:
+            cost = dataclasses.replace(self._bytes, rows=rows)
+            self._adaptive = AdaptiveWidth(1 + self.drafter.tokens, cost)
+            self.width = self._adaptive.choose()
         state = self.drafter.init(rows, self.config.dtype, self.placement)
         return super()._empty(rows, cache_len), state
 
@@ -187,6 +208,7 @@ class SpeculativeDecoder(Decoder):
         count, ended = kept(drawn, accepted(proposed, drawn), state.remaining, ends)
         last = jnp.maximum(count - 1, 0)
         newest = jnp.take_along_axis(drawn, last[:, None], axis=1)[:, 0]
+        assert cache is not None
         after = DecodeState(
             cache,
             jnp.where(count > 0, newest, state.tokens),
@@ -204,3 +226,7 @@ class SpeculativeDecoder(Decoder):
         return sampling.sample(
             sampling.mask_vocabulary(logits, self.valid_vocabulary), rows, positions
         )
+
+
+def _bytes_of(module: Any) -> float:
+    return float(sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(module)))
