@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mimo_jax.api import LanguageModel, load, save_pretrained
+    from mimo_jax.api import AcceptanceWarning, LanguageModel, load, save_pretrained
     from mimo_jax.checkpoint import CheckpointError
     from mimo_jax.config import ConfigError, DFlashConfig, LayerSpec, MiMoConfig, presets
     from mimo_jax.decoding.outputs import Completion, GenerationOutput
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AcceptanceWarning",
     "CheckpointError",
     "Completion",
     "ConfigError",
@@ -41,7 +42,7 @@ __all__ = [
 
 # Imported when first used: JAX takes two seconds to import, which `mimo-jax --help` can do without.
 _HOMES = {
-    "mimo_jax.api": ("LanguageModel", "load", "save_pretrained"),
+    "mimo_jax.api": ("AcceptanceWarning", "LanguageModel", "load", "save_pretrained"),
     "mimo_jax.checkpoint": ("CheckpointError",),
     "mimo_jax.config": ("ConfigError", "DFlashConfig", "LayerSpec", "MiMoConfig", "presets"),
     "mimo_jax.decoding.outputs": ("Completion", "GenerationOutput"),

@@ -6,6 +6,7 @@ import os
 import secrets
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -17,8 +18,9 @@ from jaxtyping import Array, Float
 
 from mimo_jax import checkpoint, tokenizer
 from mimo_jax.checkpoint import Progress
-from mimo_jax.config import MiMoConfig
+from mimo_jax.config import DFlashConfig, MiMoConfig
 from mimo_jax.decoding.autoregressive import Decoder, bucket
+from mimo_jax.decoding.draft_width import at_chance
 from mimo_jax.decoding.drafters import DFlashDrafter, Drafter, MTPDrafter
 from mimo_jax.decoding.outputs import GenerationOutput, Metrics, Row
 from mimo_jax.decoding.sampling import SamplingParams, sample_seed
@@ -35,6 +37,7 @@ from sharding.types import entries, reshard
 Speculative = Literal["mtp", "dflash"] | None
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]] | np.ndarray
 
+MTP_BLOCKS = 3  # of all releases (MODEL_SPEC 3.1)
 _CACHE_VARIABLE = "MIMO_JAX_COMPILATION_CACHE"
 
 
@@ -48,6 +51,7 @@ def load(
     rules: str | ShardingRules = "latency",
     random_weights: int | None = None,
     layers: int | None = None,
+    drafters: bool = False,
     kernels: str = "auto",
     progress: Progress | None = None,
 ) -> LanguageModel:
@@ -70,6 +74,8 @@ def load(
       random_weights: a seed; weights are made up on the devices instead of read, in the formats
         that the config announces.
       layers: with `random_weights`, only so many layers.
+      drafters: with `random_weights`, MTP blocks and the configuration's DFlash drafter too, whose
+        proposals mean nothing.
       kernels: "auto" for those of this device ("triton" and "mosaic_gpu" on NVIDIA GPUs,
         "mosaic_tpu" on TPUs, plain XLA elsewhere and for what they can't do), one of these names
         for that alone, or "reference" for plain XLA.  Quantised weights are repacked for them,
@@ -90,8 +96,8 @@ def load(
     target = Target.of(device)
     backends = resolve(kernels, target)
     if random_weights is None:
-        if layers is not None:
-            raise ValueError("layers= cuts a model with random_weights=; give both or neither")
+        if layers is not None or drafters:
+            raise ValueError("layers= and drafters= are of models with random_weights=")
         folder = checkpoint.resolve(name_or_path)
         enable_compilation_cache()
         loaded = checkpoint.load(
@@ -106,11 +112,16 @@ def load(
         return _packed(loaded, backends, target)
     if dequantize or qkv is not None:
         raise ValueError("dequantize= and qkv= are about checkpoints; random_weights= reads none")
-    config = MiMoConfig.from_pretrained(checkpoint.bundled().get(str(name_or_path), name_or_path))
+    name = checkpoint.bundled().get(str(name_or_path), name_or_path)
+    config = MiMoConfig.from_pretrained(name)
+    config = config if layers is None else config.truncated(layers)
+    drafter = DFlashConfig.from_pretrained(name) if drafters else None
     enable_compilation_cache()
     loaded = checkpoint.random_weights(
-        config if layers is None else config.truncated(layers),
+        config,
         random_weights,
+        mtp_blocks=MTP_BLOCKS if drafters else 0,
+        drafter=drafter and drafter.fitted_to(config.num_hidden_layers),
         dtype=dtype,
         mesh=on,
         rules=rules,
@@ -136,6 +147,10 @@ def save_pretrained(lm: LanguageModel, folder: str | Path) -> None:
     folder = Path(folder)
     checkpoint.save(folder, lm.loaded)
     checkpoint.copy_tokenizer(lm.loaded.folder, folder)
+
+
+class AcceptanceWarning(UserWarning):
+    """A drafter's proposals are as good as never right."""
 
 
 class LanguageModel:
@@ -269,7 +284,9 @@ class LanguageModel:
                 pass
             for (i, _), row in zip(part, batch, strict=True):
                 done[i].append((row, started))
-        return [_output(ids[i], rows) for i, rows in enumerate(done)]
+        outputs = [_output(ids[i], rows) for i, rows in enumerate(done)]
+        _warn_at_chance(speculative, outputs)
+        return outputs
 
     def stream(
         self,
@@ -433,6 +450,13 @@ def _listed(prompts: Any) -> Sequence[Prompt]:
 def _some_seed() -> int:
     """A seed for a request that has none; the same in every process of a job."""
     return int(distributed.from_leader("a seed", str(secrets.randbits(63))))
+
+
+def _warn_at_chance(speculative: Speculative, outputs: Sequence[GenerationOutput]) -> None:
+    lengths = [n for o in outputs for n in o.metrics.acceptance_lengths]
+    widths = [w for o in outputs for w in o.metrics.draft_widths]
+    if speculative is not None and (said := at_chance(speculative, lengths, widths)):
+        warnings.warn(said, AcceptanceWarning, stacklevel=3)
 
 
 def _output(prompt: list[int], rows: Sequence[tuple[Row, float]]) -> GenerationOutput:

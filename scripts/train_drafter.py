@@ -239,8 +239,7 @@ def train(args: argparse.Namespace) -> None:
 
 
 def acceptance(
-    lm: mj.LanguageModel,
-    drafter: Drafter,
+    decoder: SpeculativeDecoder,
     prompts: Sequence[Sequence[int]],
     temperature: float,
     tokens: int,
@@ -250,10 +249,8 @@ def acceptance(
 
     A row's last round, which its end may have cut short, does not count.
     """
-    decoder = SpeculativeDecoder(
-        lm.model, drafter, valid_vocabulary=lm.decoder.valid_vocabulary, eos_ids=lm.eos_ids
-    )
     params = mj.SamplingParams(temperature=temperature, max_tokens=tokens)
+    most = decoder.drafter.tokens
     rounds: list[int] = []
     for first in range(0, len(prompts), batch):
         some = prompts[first : first + batch]
@@ -268,9 +265,25 @@ def acceptance(
         "rounds": len(each),
         "acceptance_length": round(float(each.mean()), 4) if len(each) else None,
         "accepted_by_position": [
-            round(float((each > n).mean()), 4) for n in range(1, drafter.tokens + 1) if len(each)
+            round(float((each > n).mean()), 4) for n in range(1, most + 1) if len(each)
         ],
     }
+
+
+@functools.cache
+def speculating(lm: mj.LanguageModel) -> dict[str, SpeculativeDecoder]:
+    """A decoder with each drafter that a checkpoint has, by the drafter's name."""
+    drafters: list[Drafter] = []
+    if lm.mtp is not None:
+        drafters.append(MTPDrafter(lm.mtp, lm.config))
+    if lm.drafter is not None:
+        drafters.append(DFlashDrafter(lm.drafter))
+    options: dict[str, Any] = {
+        "valid_vocabulary": lm.decoder.valid_vocabulary,
+        "eos_ids": lm.eos_ids,
+        "placement": lm.placement,
+    }
+    return {d.name: SpeculativeDecoder(lm.model, d, **options) for d in drafters}
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -279,17 +292,12 @@ def evaluate(args: argparse.Namespace) -> None:
     stream = read_stream(args.data, lm, args.prompt_len)
     lengths = np.full(args.prompts, args.prompt_len)
     prompts = windows(stream, lengths, np.linspace(0, 1, args.prompts))
-    drafters: list[Drafter] = []
-    if lm.mtp is not None:
-        drafters.append(MTPDrafter(lm.mtp, lm.config))
-    if lm.drafter is not None:
-        drafters.append(DFlashDrafter(lm.drafter))
     results: dict[str, Any] = {"benchmark": "acceptance", **_circumstances(args)}
-    for drafter in drafters:
+    for name, decoder in speculating(lm).items():
         for temperature in args.temperature:
-            found = acceptance(lm, drafter, prompts, temperature, args.tokens, args.batch)
-            results.setdefault(drafter.name, []).append(found)
-            print(json.dumps({"drafter": drafter.name, **found}), flush=True)
+            found = acceptance(decoder, prompts, temperature, args.tokens, args.batch)
+            results.setdefault(name, []).append(found)
+            print(json.dumps({"drafter": name, **found}), flush=True)
     if args.out:
         write_result(results, args.out)
 

@@ -11,10 +11,10 @@ import functools
 import json
 import re
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
 
 from mimo_jax.checkpoint.layout import SINK, Layout, release_quantization
 from mimo_jax.checkpoint.qkv import blocks, fused_scale_rows, kv_scale_rows, total_rows
@@ -56,7 +56,7 @@ def dtype_name(dtype: str) -> str:
     return DTYPE_NAMES[np.dtype(jax.numpy.dtype(dtype))]
 
 
-def declared(build: Callable[[Make], nnx.Module]) -> tuple[ParamSpec, ...]:
+def declared(build: Callable[[Make], Any]) -> tuple[ParamSpec, ...]:
     """The declarations of all parameters of the module that `build` makes; allocates nothing."""
     specs: list[ParamSpec] = []
 

@@ -13,8 +13,10 @@ from mimo_jax.checkpoint.layout import release_layout
 from mimo_jax.checkpoint.loading import Loaded, model_dtype
 from mimo_jax.checkpoint.names import declared
 from mimo_jax.checkpoint.streaming import memory_needed
-from mimo_jax.config import MiMoConfig
+from mimo_jax.config import DFlashConfig, MiMoConfig
 from mimo_jax.model.backbone import MiMo
+from mimo_jax.model.dflash import DFlash
+from mimo_jax.model.mtp import MTP
 from mimo_jax.model.placement import Placement
 from mimo_jax.model.random_weights import random_release, shapes
 from sharding.memory import check_memory
@@ -28,16 +30,20 @@ def random_weights(
     dtype: Any = None,
     mesh: Mesh | None = None,
     rules: str | ShardingRules = "latency",
+    mtp_blocks: int = 0,
+    drafter: DFlashConfig | None = None,
 ) -> Loaded:
-    """A backbone with random weights, made on the devices in the formats that its config announces.
+    """A model with random weights, made on the devices in the formats that its config announces.
 
-    It has no tokenizer, MTP blocks or drafter; as a whole it is what `load` returns.
+    It has no tokenizer; as a whole it is what `load` returns.
 
     Args:
-      config: the model's.
+      config: the backbone's.
       seed: the same seed gives the same weights on any mesh.
       dtype: of weights that are not quantised, instead of the config's.
       mesh, rules: as for `load`.
+      mtp_blocks: MTP blocks besides.
+      drafter: a DFlash drafter besides.
 
     Raises:
       ValueError: `dtype` is not one of those that exist.
@@ -47,8 +53,12 @@ def random_weights(
     if dtype is not None:
         config = dataclasses.replace(config, dtype=model_dtype(dtype))
 
-    def build(make: Any) -> MiMo:
-        return MiMo(config, make)
+    def build(make: Any) -> tuple[MiMo, MTP | None, DFlash | None]:
+        return (
+            MiMo(config, make),
+            MTP(config, mtp_blocks, make) if mtp_blocks else None,
+            DFlash(drafter, make) if drafter else None,
+        )
 
     specs = declared(build)
     placement = None
@@ -59,7 +69,5 @@ def random_weights(
     if placement is not None:
         placed = jax.tree.leaves([placement.shardings(s, held[s.name]) for s in specs])
     check_memory(memory_needed(zip(leaves, placed or [None] * len(leaves), strict=True)))
-    model = build(random_release(seed, config.dtype, placement))
-    return Loaded(
-        config, model, None, None, release_layout(config), Path("random weights"), placement
-    )
+    modules = build(random_release(seed, config.dtype, placement))
+    return Loaded(config, *modules, release_layout(config), Path("random weights"), placement)

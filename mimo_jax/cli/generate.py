@@ -12,6 +12,7 @@ from rich.console import Console
 
 import mimo_jax
 from mimo_jax.cli import options
+from mimo_jax.cli.compare import compare, describe
 from mimo_jax.cli.console import INTERRUPTED, printable, readable_errors
 from sharding import distributed as jobs
 
@@ -46,6 +47,15 @@ def generate(
     ] = None,
     layers: options.Layers = None,
     kernels: options.Kernels = "auto",
+    speculative: options.Speculative = None,
+    draft_width: options.DraftWidth = None,
+    compare_speculative: Annotated[
+        bool,
+        typer.Option(
+            "--compare-speculative",
+            help="Without and with each drafter there is, side by side, instead of the text.",
+        ),
+    ] = False,
     distributed: options.Distributed = False,
 ) -> None:
     """Continue a prompt: its text on stdout as it comes, statistics on stderr.
@@ -82,13 +92,21 @@ def generate(
                 rules=rules,
                 random_weights=random_weights,
                 layers=layers,
+                drafters=random_weights is not None
+                and (speculative is not None or compare_speculative),
                 kernels=kernels,
             )
             loading = clock.seconds()
             started = time.perf_counter()
             messages = [{"role": "user", "content": text}] if chat else text
             as_bytes = lm.tokenizer is None and not chat
-            stream = lm.stream(list(text.encode()) if as_bytes else messages, params)
+            given = list(text.encode()) if as_bytes else messages
+            width = options.draft_width(draft_width)
+            if compare_speculative:
+                compare(lm, lm.encode(given), params, width, err, quiet)
+                return
+            how: Any = {"speculative": speculative, "draft_width": width}
+            stream = lm.stream(given, params, **how)
             with err.status("compiling, and reading the prompt") as status:
                 out = Console(highlight=False, markup=False, quiet=quiet)
                 interrupted = _write(stream, out, status.stop, "" if chat else text)
@@ -161,5 +179,7 @@ def _print_statistics(
         if steps and decode > 0:
             line += f", {steps / decode:.1f} tokens/s; {later:.2f} s of compiling not counted"
         err.print(line)
+    if m.acceptance_lengths:
+        err.print(f"speculation: {describe(m)}")
     reason = "interrupted" if interrupted else output.finish_reason
     err.print(f"finish reason: {reason}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -33,6 +33,14 @@ Kernels = Annotated[
     typer.Option(help="Kernels: auto, triton, mosaic_gpu, mosaic_tpu, or reference (plain XLA)."),
 ]
 Layers = Annotated[int | None, typer.Option(help="Only so many of its first layers.")]
+Speculative = Annotated[
+    Literal["mtp", "dflash"] | None,
+    typer.Option(help="What proposes tokens to verify, several at once [nothing]."),
+]
+DraftWidth = Annotated[
+    str | None,
+    typer.Option(help="Tokens to verify at once: a number, or adaptive [all that are proposed]."),
+]
 Distributed = Annotated[
     bool,
     typer.Option(
@@ -40,3 +48,16 @@ Distributed = Annotated[
         help="Be one process of a job that Slurm, Open MPI, Kubernetes or a TPU pod started.",
     ),
 ]
+
+
+def draft_width(text: str | None) -> Any:
+    """A draft width from the command line.
+
+    Raises:
+      ValueError: it is neither a number nor "adaptive".
+    """
+    if text is None or text == "adaptive":
+        return text
+    if not text.isdigit():
+        raise ValueError(f"--draft-width {text}: expected a number or adaptive")
+    return int(text)

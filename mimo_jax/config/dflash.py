@@ -106,6 +106,12 @@ class DFlashConfig:
                 place[name] = value
         return d
 
+    def fitted_to(self, layers: int) -> DFlashConfig:
+        """The drafter for a backbone of so many layers: it looks at as many, spread over them."""
+        n = min(len(self.target_layer_ids), layers)
+        ids = tuple(round(i * (layers - 1) / max(1, n - 1)) for i in range(n))
+        return dataclasses.replace(self, target_layer_ids=ids, num_target_layers=layers)
+
     @property
     def rotary_dim(self) -> int:
         """Leading dimensions of each head that rotate."""

@@ -1,23 +1,26 @@
-"""How many tokens to verify at once: what acceptance and the cost of a round say.
+"""How many tokens to verify at once: what acceptance and the time of a round say.
 
-Wider rounds keep more tokens and cost more, the most in a mixture of experts, where each further
+Wider rounds keep more tokens and take longer, above all in a mixture of experts, where each further
 token brings experts of its own that have to be read.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
 
-from mimo_jax.model.backbone import MiMo
-from mimo_jax.model.parameters import parameters
+from sharding import distributed
 
 # Weight of older rounds at each dispatch: acceptance changes with the text.
 MEMORY = 0.9
 # Dispatches after which the widest round is tried again.
 PROBE = 32
+# Dispatches that a width is given before it is judged: the first compiles.
+TRIALS = 2
+# Fewer right first proposals than this are no better than guesses, after so many rounds.
+CHANCE = 0.04
+ENOUGH_ROUNDS = 64
 
 
 def widths(most: int) -> tuple[int, ...]:
@@ -25,63 +28,22 @@ def widths(most: int) -> tuple[int, ...]:
     return tuple(sorted({most, *(w for w in (2, 4, 8, 16) if w < most)}))
 
 
-@dataclasses.dataclass(frozen=True)
-class Cost:
-    """What a round reads, in bytes, without the cache.
-
-    Attributes:
-      fixed: weights that are read at any width, the drafter's included.
-      experts: weights of all experts.
-      share: of the experts, that a token uses.
-      rows: of the batch.
-    """
-
-    fixed: float
-    experts: float
-    share: float
-    rows: int
-
-    @classmethod
-    def of(cls, model: MiMo, drafter_bytes: float, rows: int) -> Cost:
-        """Of a backbone and its drafter, which reads the head once more."""
-        config, fixed, experts = model.config, drafter_bytes, 0.0
-        for _, param in parameters(model):
-            value = param.get_value()
-            arrays = (value,) if hasattr(value, "nbytes") else vars(value).values()
-            size = float(sum(getattr(a, "nbytes", 0) for a in arrays))
-            if "{}" in param.spec.name:
-                experts += size
-            elif param.spec.name == "lm_head.weight":
-                fixed += 2 * size
-            elif param.spec.name != "model.embed_tokens.weight":
-                fixed += size
-        share = config.num_experts_per_tok / config.n_routed_experts if experts else 0.0
-        return cls(fixed, experts, share, rows)
-
-    def __call__(self, width: int) -> float:
-        """Bytes of a round, with as many distinct experts as random routing would choose."""
-        distinct = 1 - (1 - self.share) ** (self.rows * width)
-        return self.fixed + self.experts * distinct
-
-
 class AdaptiveWidth:
-    """Chooses the width of the next rounds: the one with most tokens a second, as far as is known.
+    """Chooses the width of the next rounds: the one with most tokens a second so far.
 
-    Acceptance is measured by position, with older rounds counting less.  Seconds of a round are
-    measured where a width was used, and else follow from the bytes that it reads.
+    Acceptance is measured by position, with older rounds counting less, and seconds by width.  In a
+    job of several processes all go by what process 0 has measured.
 
     Args:
       most: the widest round.
-      cost: bytes of a round by width.
     """
 
-    def __init__(self, most: int, cost: Cost):
+    def __init__(self, most: int):
         self.widths = widths(most)
-        self.cost = cost
         self._tried = np.zeros(most - 1)
         self._kept = np.zeros(most - 1)
         self._seconds: dict[int, float] = {}
-        self._dispatches = 0
+        self._trials = dict.fromkeys(self.widths, 0)
 
     def learn(self, lengths: np.ndarray, width: int, seconds: float | None) -> None:
         """Takes the outcome of a dispatch.
@@ -91,9 +53,8 @@ class AdaptiveWidth:
           width: of these rounds.
           seconds: of a round; None if that was not measured, or with compilation.
         """
+        self._trials[width] += 1
         counts = lengths[lengths > 0]
-        if not len(counts):
-            return
         position = np.arange(1, width)
         # A proposal is tried if those before it were right.
         tried = (counts[:, None] >= position).sum(axis=0)
@@ -102,13 +63,18 @@ class AdaptiveWidth:
         self._kept[: width - 1] = MEMORY * self._kept[: width - 1] + right
         if seconds is not None:
             self._seconds[width] = min(seconds, self._seconds.get(width, seconds))
-        self._dispatches += 1
 
     def choose(self) -> int:
-        """The next width; the widest first, and now and then."""
-        if self._dispatches % PROBE == 0:
+        """The next width."""
+        return int(distributed.from_leader("a draft width", str(self._best())))
+
+    def _best(self) -> int:
+        for width in reversed(self.widths):
+            if self._trials[width] < TRIALS or width not in self._seconds:
+                return width
+        if sum(self._trials.values()) % PROBE == 0:
             return self.widths[-1]
-        return max(self.widths, key=lambda w: self.expected(w) / self.seconds(w))
+        return max(self.widths, key=lambda w: self.expected(w) / self._seconds[w])
 
     def expected(self, width: int) -> float:
         """Tokens that a round of this width keeps."""
@@ -116,12 +82,18 @@ class AdaptiveWidth:
         rates = (self._kept + 0.5) / (self._tried + 1)
         return 1 + float(np.cumprod(rates[: width - 1]).sum())
 
-    def seconds(self, width: int) -> float:
-        """Of a round of this width; relative to each other if none was measured."""
-        if width in self._seconds:
-            return self._seconds[width]
-        known = [s / self.cost(w) for w, s in self._seconds.items()]
-        return self.cost(width) * (float(np.mean(known)) if known else 1.0)
+
+def at_chance(name: str, lengths: Sequence[int], widths_of: Sequence[int]) -> str | None:
+    """What to say if proposals are hardly ever right, which no drafter of a model is; else None."""
+    if len(lengths) < ENOUGH_ROUNDS or by_position(lengths, widths_of)[0] >= CHANCE:
+        return None
+    return (
+        f"{name} proposed the right next token in {by_position(lengths, widths_of)[0]:.1%} of "
+        f"{len(lengths)} rounds, as good as never, so it only costs time.  The likely causes: "
+        "drafter and backbone are of different checkpoints; the QKV rows were read in the wrong "
+        "order (qkv=, see `mimo-jax inspect`); mask_embedding.pt is that of another model; the "
+        "weights are random; or the text is unlike any that the drafter was trained on"
+    )
 
 
 def by_position(lengths: Sequence[int], widths_of: Sequence[int]) -> tuple[float, ...]:

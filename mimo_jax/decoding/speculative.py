@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+import statistics
+import time
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
@@ -23,10 +25,10 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int32
 
 from mimo_jax.decoding import sampling
-from mimo_jax.decoding.autoregressive import Block, Decoder, DecodeState, Seen
-from mimo_jax.decoding.draft_width import AdaptiveWidth, Cost
+from mimo_jax.decoding.autoregressive import Block, Decoder, DecodeState, Seen, expanded
+from mimo_jax.decoding.draft_width import AdaptiveWidth
 from mimo_jax.decoding.drafters import Drafter, Rows
-from mimo_jax.decoding.sampling import RowParams
+from mimo_jax.decoding.sampling import RowParams, SamplingParams
 from mimo_jax.model.backbone import MiMo
 from mimo_jax.model.placement import Placement
 from sharding.types import replicated
@@ -94,7 +96,7 @@ class SpeculativeDecoder(Decoder):
                 f'{drafter.tokens} proposals of {drafter.name}, or "adaptive"'
             )
         self.width = width if isinstance(width, int) else most
-        self._bytes = Cost.of(model, _bytes_of(drafter.module), 1) if width == "adaptive" else None
+        self._adapts = width == "adaptive"
         self._adaptive: AdaptiveWidth | None = None
         super().__init__(
             model, valid_vocabulary=valid_vocabulary, eos_ids=eos_ids, placement=placement
@@ -117,9 +119,8 @@ class SpeculativeDecoder(Decoder):
         return block
 
     def _empty(self, rows: int, cache_len: int) -> Any:
-        if self._bytes is not None:
-            cost = dataclasses.replace(self._bytes, rows=rows)
-            self._adaptive = AdaptiveWidth(1 + self.drafter.tokens, cost)
+        if self._adapts:
+            self._adaptive = AdaptiveWidth(1 + self.drafter.tokens)
             self.width = self._adaptive.choose()
         state = self.drafter.init(rows, self.config.dtype, self.placement)
         return super()._empty(rows, cache_len), state
@@ -219,6 +220,55 @@ class SpeculativeDecoder(Decoder):
         made = jnp.where(offset < count[:, None], drawn, -1)
         return after, Rows(positions, hidden, taps, drawn, last), (made, logprobs, count)
 
+    def phase_seconds(self, rows: int, max_len: int) -> tuple[float, float]:
+        """Seconds of a round's verification and of its drafting, each in a program of its own.
+
+        Greedy, on tokens that mean nothing, in the middle of the cache.
+
+        Args:
+          rows: sequences of the batch.
+          max_len: positions of the cache.
+        """
+        one = sampling.row_params([SamplingParams(temperature=0.0)] * rows, [0] * rows)
+        by_row = (
+            np.zeros(rows, np.int32),
+            np.full(rows, max_len // 2, np.int32),
+            np.full(rows, max_len, np.int32),
+            np.zeros((rows, self.drafter.tokens), np.int32),
+            np.ones(rows, bool),
+        )
+        tokens, positions, remaining, proposed, ignore_eos = self.put(by_row)
+        cache, carried = self._empty(rows, max_len)
+        state = DecodeState(cache, tokens, positions, remaining, (proposed, carried))
+        params = self.put(one)
+
+        @jax.jit
+        def verify(leaves: list[Any], state: DecodeState) -> tuple[DecodeState, Rows]:
+            model, _ = jax.tree.unflatten(self._treedef, leaves)
+            run = functools.partial(self._verify, model, params, ignore_eos, None, self.width)
+            state, last, _ = run(state)
+            # Positions as they were, so that the cache never ends.
+            state = dataclasses.replace(state, positions=positions)
+            return jax.lax.fori_loop(1, ROUNDS, lambda _, s: run(s[0])[:2], (state, last))
+
+        @jax.jit
+        def draft(leaves: list[Any], drafts: Any, run: Rows) -> Any:
+            model, module = jax.tree.unflatten(self._treedef, leaves)
+            choose = functools.partial(self._choose, params)
+
+            def one(_: Any, drafts: Any) -> Any:
+                return self.drafter.draft(module, model, drafts[1], run, choose)
+
+            return jax.lax.fori_loop(0, ROUNDS, one, drafts)
+
+        with self._on_mesh():
+            leaves = expanded(self._leaves, jnp.dtype(self.config.dtype))
+            _, run = verify(leaves, state)
+            return (
+                _seconds(lambda: verify(leaves, state)) / ROUNDS,
+                _seconds(lambda: draft(leaves, state.drafts, run)) / ROUNDS,
+            )
+
     def _choose(
         self, rows: RowParams, logits: Float[Array, "B V"], positions: Int32[Array, " B"]
     ) -> Int32[Array, " B"]:
@@ -228,5 +278,12 @@ class SpeculativeDecoder(Decoder):
         )
 
 
-def _bytes_of(module: Any) -> float:
-    return float(sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(module)))
+def _seconds(run: Callable[[], Any], times: int = 5) -> float:
+    """The median time of a program that has been compiled."""
+    jax.block_until_ready(run())
+    spent = []
+    for _ in range(times):
+        started = time.perf_counter()
+        jax.block_until_ready(run())
+        spent.append(time.perf_counter() - started)
+    return statistics.median(spent)

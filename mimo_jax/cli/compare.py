@@ -1,0 +1,88 @@
+"""Plain and speculative decoding side by side, as `generate --compare-speculative` prints them."""
+
+from __future__ import annotations
+
+import dataclasses
+import secrets
+import time
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from mimo_jax.api import LanguageModel
+    from mimo_jax.decoding.outputs import GenerationOutput, Metrics
+    from mimo_jax.decoding.sampling import SamplingParams
+
+
+def describe(metrics: Metrics) -> str:
+    """Rounds, tokens a round and acceptance by position, in a line."""
+    kept = ", ".join(f"{share:.0%}" for share in metrics.acceptance_by_position)
+    return (
+        f"{len(metrics.acceptance_lengths)} rounds of {metrics.tokens_per_round:.2f} tokens; "
+        f"proposals kept, by position: {kept}"
+    )
+
+
+def compare(
+    lm: LanguageModel,
+    prompt: list[int],
+    params: SamplingParams,
+    width: Any,
+    err: Console,
+    quiet: bool,
+) -> None:
+    """Completes a prompt in each way there is and prints a table; the second run of each counts.
+
+    Args:
+      lm: the model.
+      prompt: token ids.
+      params: sampling parameters; without a seed all ways get the same one.
+      width: draft width.
+      err: where to say what is under way.
+      quiet: print nothing.
+    """
+    from mimo_jax.decoding.speculative import SpeculativeDecoder
+
+    if params.seed is None:
+        params = dataclasses.replace(params, seed=secrets.randbits(63))
+    ways = [n for n, m in (("mtp", lm.mtp), ("dflash", lm.drafter)) if m is not None]
+    names: tuple[Any, ...] = (None, *ways)
+    table = Table(
+        *("", "tokens/s", "tokens a round", "kept, by position", "draft ms", "verify ms", "same")
+    )
+    for column in table.columns[1:]:
+        column.justify = "right"
+    first: GenerationOutput | None = None
+    plain = 0.0
+    for name in names:
+        how: Any = {"speculative": name, "draft_width": width if name else None}
+        with err.status(f"{name or 'plain'}"):
+            output, seconds = _timed(lm, prompt, params, how)
+            decoder = lm.decoder_for(**how)
+            phases = ("", "")
+            if isinstance(decoder, SpeculativeDecoder):
+                verify, draft = decoder.phase_seconds(1, 256 + len(prompt) // 256 * 256)
+                phases = (f"{draft * 1e3:.2f}", f"{verify * 1e3:.2f}")
+        m, steps = output.metrics, len(output.token_ids) - 1
+        rate = steps / seconds if steps else 0.0
+        first, plain = first or output, plain or rate
+        kept = " ".join(f"{share:.0%}" for share in m.acceptance_by_position)
+        same = "" if name is None else "yes" if output.token_ids == first.token_ids else "no"
+        speed = f"{rate:.0f}" if name is None else f"{rate:.0f} ({rate / (plain or 1):.2f}x)"
+        table.add_row(name or "plain", speed, f"{m.tokens_per_round:.2f}", kept, *phases, same)
+    if not quiet:
+        Console(highlight=False, markup=False).print(table)
+    if not ways:
+        err.print("the checkpoint has neither MTP blocks nor a DFlash drafter to compare with")
+
+
+def _timed(
+    lm: LanguageModel, prompt: list[int], params: SamplingParams, how: Any
+) -> tuple[GenerationOutput, float]:
+    """A completion, and the seconds after its first token, when all is compiled."""
+    lm.generate([prompt], params, **how)
+    started = time.perf_counter()
+    output = lm.generate([prompt], params, **how)[0]
+    return output, time.perf_counter() - started - output.metrics.ttft_s
