@@ -27,8 +27,8 @@ from mimo_jax.model.mtp import MTP
 from mimo_jax.model.placement import Placement
 from sharding.types import put
 
-# From logits [B, V] and the positions [B] that their tokens will have, those tokens.
-Choose = Callable[[Float[Array, "B V"], Int32[Array, " B"]], Int32[Array, " B"]]
+# From logits [B, n, V] and the positions [B, n] that their tokens will have, those tokens.
+Choose = Callable[[Float[Array, "B n V"], Int32[Array, "B n"]], Int32[Array, "B n"]]
 
 
 @no_type_check  # at run time: jax also puts what it knows of an array in an array's place
@@ -164,7 +164,7 @@ class MTPDrafter:
         positions = jnp.concatenate([state.positions, rows.positions], axis=1)
         # The same tokens for all blocks: block k begins k rows earlier.
         tokens = jnp.pad(rows.following, ((0, 0), (0, carried)))
-        newest = jnp.take_along_axis(rows.positions, rows.last[:, None], axis=1)[:, 0]
+        newest = jnp.take_along_axis(rows.positions, rows.last[:, None], axis=1)
         column = jnp.arange(tokens.shape[1], dtype=jnp.int32)
         drafts, caches = [], []
         for k, block in enumerate(module.layers):
@@ -176,16 +176,16 @@ class MTPDrafter:
                     positions[:, begin:],
                     state.caches[k],
                 )
-                logits = backbone.head(_rows(x, (rows.last + k)[:, None])[:, 0])
+                logits = backbone.head(_rows(x, (rows.last + k)[:, None]))
                 drafts.append(choose(logits, newest + 2 + k))
                 caches.append(cache)
             at = (rows.last + 1 + k)[:, None]
-            tokens = jnp.where(column == at, drafts[-1][:, None], tokens)
+            tokens = jnp.where(column == at, drafts[-1], tokens)
         kept = rows.last[:, None] + 1 + jnp.arange(carried, dtype=jnp.int32)
         after = MTPState(
             tuple(caches), _rows(hidden, kept), jnp.take_along_axis(positions, kept, axis=1)
         )
-        return jnp.stack(drafts, axis=1), after
+        return jnp.concatenate(drafts, axis=1), after
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,8 +237,8 @@ class DFlashDrafter:
             x, caches = module(backbone.embed(anchor)[:, 0], first, caches)
             # Row r is of the token r positions after the anchor, which is known.
             logits = backbone.head(x[:, 1 : 1 + self.tokens])
-            drafts = [choose(logits[:, r], first + 1 + r) for r in range(self.tokens)]
-        return jnp.stack(drafts, axis=1), caches
+            offset = jnp.arange(1, 1 + self.tokens, dtype=jnp.int32)
+            return choose(logits, first[:, None] + offset), caches
 
 
 def _window(window: int | None) -> int:

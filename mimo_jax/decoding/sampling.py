@@ -317,12 +317,14 @@ def sample_block(
       logits, rows: as of `sample`.
       positions: of the tokens to draw.
     """
+
+    def each() -> Array:
+        # A loop, because sorting is a long program.
+        columns = (jnp.moveaxis(logits, 1, 0), positions.T)
+        return jax.lax.map(lambda column: sample(column[0], rows, column[1]), columns).T
+
     return jax.lax.cond(
-        jnp.any(rows.temperature > 0),
-        lambda: jnp.stack(
-            [sample(logits[:, i], rows, positions[:, i]) for i in range(logits.shape[1])], axis=1
-        ),
-        lambda: jnp.argmax(logits, axis=-1).astype(jnp.int32),
+        jnp.any(rows.temperature > 0), each, lambda: jnp.argmax(logits, axis=-1).astype(jnp.int32)
     )
 
 

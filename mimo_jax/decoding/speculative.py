@@ -270,10 +270,10 @@ class SpeculativeDecoder(Decoder):
             )
 
     def _choose(
-        self, rows: RowParams, logits: Float[Array, "B V"], positions: Int32[Array, " B"]
-    ) -> Int32[Array, " B"]:
-        """Draws a proposal as if the drafter were the backbone."""
-        return sampling.sample(
+        self, rows: RowParams, logits: Float[Array, "B n V"], positions: Int32[Array, "B n"]
+    ) -> Int32[Array, "B n"]:
+        """Draws proposals as if the drafter were the backbone."""
+        return sampling.sample_block(
             sampling.mask_vocabulary(logits, self.valid_vocabulary), rows, positions
         )
 

@@ -84,7 +84,7 @@ def proposals(name: str, where: Placement | None) -> tuple[np.ndarray, np.ndarra
             return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
         drafts, _ = drafter.draft(module, model, state, run, choose)
-        return jnp.stack(seen), replicated(drafts)
+        return jnp.concatenate(seen, axis=1), replicated(drafts)
 
     with use(where and where.mesh):
         logits, drafts = draft(drafter.module, model, state, run)

@@ -217,7 +217,7 @@ def compiled(kind: type[DFlashDrafter] = DFlashDrafter) -> Any:
             return logits.argmax(-1).astype(jnp.int32)
 
         drafts, state = use.draft(module, model, state, rows, greedy)
-        logits, positions = (jnp.stack(each, axis=1) for each in zip(*seen, strict=True))
+        logits, positions = (jnp.concatenate(each, axis=1) for each in zip(*seen, strict=True))
         return drafts, logits, positions, state
 
     return functools.partial(jax.jit(draft), use.module, backbone())
