@@ -41,6 +41,7 @@ class Totals:
     generated_tokens: int = 0
     seconds: float = 0.0
     compiling: float = 0.0
+    lengths: list[int] = dataclasses.field(default_factory=list)  # tokens of each round
 
 
 def run_batches(
@@ -48,10 +49,21 @@ def run_batches(
     requests: Sequence[Request],
     results: Results,
     batch_size: int,
+    how: dict[str, Any],
     totals: Totals,
     err: Console,
 ) -> None:
-    """Completes the requests that have no result, whole batches at a time."""
+    """Completes the requests that have no result, whole batches at a time.
+
+    Args:
+      lm: the model.
+      requests: all there are.
+      results: those that are done, and where others go.
+      batch_size: completions decoded together.
+      how: `speculative` and `draft_width` of `LanguageModel.generate`.
+      totals: what the run did so far.
+      err: where to say how far it is.
+    """
     done = results.completed.keys()
     for begin in range(0, len(requests), batch_size):
         batch = requests[begin : begin + batch_size]
@@ -70,13 +82,14 @@ def run_batches(
         started = time.perf_counter()
         with CompileClock() as clock:
             outputs = lm.generate(
-                list(prompts.values()), [r.params for r in runnable], batch_size=batch_size
+                list(prompts.values()), [r.params for r in runnable], batch_size=batch_size, **how
             )
         totals.seconds += time.perf_counter() - started
         totals.compiling += clock.seconds()
         for request, output in zip(runnable, outputs, strict=True):
             totals.prompt_tokens += output.metrics.prompt_tokens
             totals.generated_tokens += output.metrics.generated_tokens
+            totals.lengths += output.metrics.acceptance_lengths
             if request.id not in done:
                 results.append(_result(request, output))
                 totals.completed += 1
@@ -103,6 +116,8 @@ def _result(request: Request, output: mj.GenerationOutput) -> dict[str, Any]:
         "usage": {"prompt_tokens": m.prompt_tokens, "completion_tokens": m.generated_tokens},
         "metrics": {"ttft_s": round(m.ttft_s, 6), "tpot_s": round(m.tpot_s, 6)},
     }
+    if m.acceptance_lengths:
+        result["metrics"]["tokens_per_round"] = round(m.tokens_per_round, 4)
     if request.params.n > 1 or request.params.logprobs is not None:
         result["completions"] = [dataclasses.asdict(c) for c in output.completions]
     return result
@@ -122,6 +137,9 @@ def print_summary(results: Results, totals: Totals, preview: int) -> None:
     table.add_row("seconds running", f"{running:.2f}")
     if totals.generated_tokens:
         table.add_row("generated tokens/s, running", f"{totals.generated_tokens / running:.1f}")
+    if totals.lengths:
+        mean = sum(totals.lengths) / len(totals.lengths)
+        table.add_row("tokens a round of speculation", f"{mean:.2f}")
     out.print(table)
     for record in [*results.completed.values()][:preview]:
         prompt = record.get("prompt") or json.dumps(record.get("messages") or record["token_ids"])
@@ -147,6 +165,8 @@ def main(
     mesh: options.Mesh = None,
     rules: options.Rules = "latency",
     kernels: options.Kernels = "auto",
+    speculative: options.Speculative = None,
+    draft_width: options.DraftWidth = None,
 ) -> None:
     """Complete the prompts of a JSONL file with a model; the same command continues a run."""
     err = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
@@ -160,6 +180,7 @@ def main(
     results, totals = None, Totals()
     try:
         mj.SamplingParams.from_dict(defaults)
+        how = {"speculative": speculative, "draft_width": options.draft_width(draft_width)}
         requests, failures = read_requests(in_path, defaults, seed)
         results = Results(out_path)
         results.check_unchanged(requests)
@@ -168,7 +189,8 @@ def main(
         results.add_failures(failures)
         if not {request.id for request in requests} <= results.completed.keys():
             lm = mj.load(model, mesh=mesh, rules=rules, kernels=kernels)
-            run_batches(lm, requests, results, batch_size, totals, err)
+            lm.decoder_for(**how)  # refuses what the checkpoint has not, before anything runs
+            run_batches(lm, requests, results, batch_size, how, totals, err)
     except KeyboardInterrupt:
         safe = 0 if results is None else len(results.records)
         err.print(f"interrupted: {safe} lines are safe in {out_path}; run it again to go on")

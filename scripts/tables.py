@@ -148,10 +148,36 @@ def _added(times: list[tuple[int, float]]) -> float | None:
     return (longer - shorter) / (more - fewer)
 
 
+def speculation(result: dict[str, Any]) -> str:
+    """Rounds of `bench_speculative.py`: times, break-even, and what is projected from them."""
+    lines = []
+    for row in result["rows"]:
+        projected = row.get("projected_tokens_s", {})
+        lines.append(
+            [
+                f"{row['drafter']}, rows: {row['rows']}",
+                str(row["width"]),
+                *(f"{row[key] * 1e3:.2f}" for key in ("plain_s", "draft_s", "verify_s")),
+                f"{row['break_even']:.2f}",
+                ", ".join(f"{what} {n:.0f}" for what, n in projected.items()),
+            ]
+        )
+    header = [
+        "",
+        "width",
+        "plain step, ms",
+        "draft, ms",
+        "verify, ms",
+        "break-even, tokens a round",
+    ]
+    return table([*header, "projected tokens/s at published acceptance"], lines)
+
+
 TABLES: dict[str, Callable[..., str]] = {
     **{name: functools.partial(kernels, operation=name) for name in OPERATIONS},
     "highlights": highlights,
     "steps": steps,
+    "speculation": speculation,
 }
 
 

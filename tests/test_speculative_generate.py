@@ -1,7 +1,9 @@
 """Speculation as people call it: `generate(speculative=)`, its metrics, and the command line."""
 
 import dataclasses
+import json
 
+import batch_generate
 import numpy as np
 import pytest
 from checkpoint.release_format import make_release
@@ -132,3 +134,35 @@ def test_the_width_follows_acceptance(right, expected):
         policy.learn(lengths, width, seconds if chosen.count(width) > 1 else None)
     assert chosen[:6] == [8, 8, 4, 4, 2, 2]
     assert chosen[-1] == expected
+
+
+def test_a_batch_from_a_file(lm, monkeypatch, tmp_path):
+    monkeypatch.setattr(mj, "load", lambda *args, **options: lm)
+    source = tmp_path / "in.jsonl"
+    source.write_text("".join(json.dumps({"token_ids": p}) + "\n" for p in PROMPTS))
+
+    def completed(name: str, *options: str) -> list[dict]:
+        out = tmp_path / name
+        args = [str(source), str(out), "--max-tokens", "24", "--temperature", "0", *options]
+        done = CliRunner().invoke(batch_generate.app, args)
+        assert done.exit_code == 0, done.output
+        assert ("tokens a round" in done.stdout) == bool(options)
+        return [json.loads(line) for line in out.read_text().splitlines()]
+
+    plain = completed("plain.jsonl")
+    several = completed("several.jsonl", "--speculative", "mtp")
+    for a, b in zip(plain, several, strict=True):
+        assert b["metrics"]["tokens_per_round"] >= 1
+        assert {k: v for k, v in a.items() if k != "metrics"} == {
+            k: v for k, v in b.items() if k != "metrics"
+        }
+
+
+def test_a_batch_without_the_drafter_that_was_asked_for(monkeypatch, tmp_path):
+    bare = mj.load("colibri-tiny", random_weights=0)
+    monkeypatch.setattr(mj, "load", lambda *args, **options: bare)
+    (tmp_path / "in.jsonl").write_text('{"token_ids": [1]}\n')
+    args = [str(tmp_path / "in.jsonl"), str(tmp_path / "out.jsonl"), "--speculative", "dflash"]
+    done = CliRunner().invoke(batch_generate.app, args)
+    assert done.exit_code == cli.USAGE
+    assert "no such drafter" in done.stderr
