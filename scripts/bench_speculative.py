@@ -1,9 +1,9 @@
 """Times drafting and verifying at every width, and says from what acceptance on they pay.
 
     python scripts/bench_speculative.py mimo-tiny --out s.json
-    python scripts/bench_speculative.py MiMo-V2.6-Flash-RL --random-weights 0 --layers 18 --out s.json
+    python scripts/bench_speculative.py MiMo-V2.6-Flash-RL --layers 18 --random-weights 0 --out f
 
-A round drafts once and verifies `width` tokens of a row at once; plain decoding takes a step a token.
+A round drafts once and verifies `width` tokens of a row at once; plain decoding takes a step each.
 The break-even is how many tokens a round has to produce, on average, to be as fast.  With random
 weights no proposal is right, so what a model of this size would do with the acceptance lengths that
 were published for DFlash (MODEL_SPEC 4.5) is projected from the times: it is labelled so.
@@ -23,10 +23,11 @@ from bench_model import DISPATCHES, prompts
 from circumstances import circumstances, write_result
 
 import mimo_jax as mj
+from mimo_jax.api import Speculative
 from mimo_jax.decoding.autoregressive import STEPS
 from mimo_jax.decoding.speculative import SpeculativeDecoder
 
-# Tokens a round, at most 8, of MiMo-V2.5-Pro on WebDev, Math500, HumanEval, SWE-Bench and MT-Bench.
+# Tokens a round, at most 8, of MiMo-V2.5-Pro.
 PUBLISHED = {
     "WebDev": 6.30,
     "Math500": 5.56,
@@ -45,7 +46,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     lm = mj.load(args.model, **how)
     result["layers"] = lm.config.num_hidden_layers
     result["rows"] = []
-    names = [n for n, m in (("mtp", lm.mtp), ("dflash", lm.drafter)) if m is not None]
+    kinds: tuple[tuple[Speculative, Any], ...] = (("mtp", lm.mtp), ("dflash", lm.drafter))
+    names = [name for name, module in kinds if module is not None]
     for rows in args.batch:
         ids, tokens = prompts(rows, args.prompt), 1 + STEPS * DISPATCHES
         max_len = -(-(args.prompt + tokens) // 32) * 32
@@ -53,7 +55,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         times = [t for _ in range(3) for t in generate(lm, ids, tokens, max_len)[1:]]
         plain = statistics.median(times) / STEPS
         for name in names:
-            most = lm.decoder_for(name).drafter.tokens + 1  # pyright: ignore
+            widest = lm.decoder_for(name)
+            assert isinstance(widest, SpeculativeDecoder)
+            most = widest.drafter.tokens + 1
             for width in range(2, most + 1):
                 decoder = lm.decoder_for(name, width)
                 assert isinstance(decoder, SpeculativeDecoder)
