@@ -47,7 +47,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     result["layers"] = lm.config.num_hidden_layers
     result["rows"] = []
     kinds: tuple[tuple[Speculative, Any], ...] = (("mtp", lm.mtp), ("dflash", lm.drafter))
-    names = [name for name, module in kinds if module is not None]
+    names: list[Speculative] = [name for name, module in kinds if module is not None]
     for rows in args.batch:
         ids, tokens = prompts(rows, args.prompt), 1 + STEPS * DISPATCHES
         max_len = -(-(args.prompt + tokens) // 32) * 32
