@@ -97,7 +97,8 @@ class SpeculativeDecoder(Decoder):
             )
         self.width = width if isinstance(width, int) else most
         self._adapts = width == "adaptive"
-        self._adaptive: AdaptiveWidth | None = None
+        self._adaptive: dict[int, AdaptiveWidth] = {}  # by rows of the batch
+        self._rows = 1
         super().__init__(
             model, valid_vocabulary=valid_vocabulary, eos_ids=eos_ids, placement=placement
         )
@@ -112,16 +113,18 @@ class SpeculativeDecoder(Decoder):
         if block.lengths is None:
             return block
         block = dataclasses.replace(block, width=self.width)
-        if self._adaptive is not None:
+        if self._adapts:
+            policy = self._adaptive[self._rows]
             each = None if seconds is None else seconds / ROUNDS
-            self._adaptive.learn(np.asarray(block.lengths), self.width, each)
-            self.width = self._adaptive.choose()
+            policy.learn(np.asarray(block.lengths), self.width, each)
+            self.width = policy.choose()
         return block
 
     def _empty(self, rows: int, cache_len: int) -> Any:
         if self._adapts:
-            self._adaptive = AdaptiveWidth(1 + self.drafter.tokens)
-            self.width = self._adaptive.choose()
+            self._rows = rows
+            policy = self._adaptive.setdefault(rows, AdaptiveWidth(1 + self.drafter.tokens))
+            self.width = policy.choose()
         state = self.drafter.init(rows, self.config.dtype, self.placement)
         return super()._empty(rows, cache_len), state
 
