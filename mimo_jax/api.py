@@ -97,7 +97,9 @@ def load(
     backends = resolve(kernels, target)
     if random_weights is None:
         if layers is not None or drafters:
-            raise ValueError("layers= and drafters= are of models with random_weights=")
+            raise ValueError(
+                "layers= and drafters= are of models with random_weights=: give it too"
+            )
         folder = checkpoint.resolve(name_or_path)
         enable_compilation_cache()
         loaded = checkpoint.load(

@@ -114,10 +114,8 @@ def continued(
     ]
     blocks = [b.tokens for b in decoder.blocks(prompts, params, seeds, max_len=length)]
     produced = np.concatenate(blocks, axis=1)
-    tokens, mask = (
-        np.zeros((len(prompts), length), np.int32),
-        np.zeros((len(prompts), length), bool),
-    )
+    tokens = np.zeros((len(prompts), length), np.int32)
+    mask = np.zeros(tokens.shape, bool)
     for row, (prompt, new) in enumerate(zip(prompts, produced, strict=True)):
         new = new[new >= 0]
         end = len(prompt) + len(new)
@@ -140,12 +138,15 @@ def generate(args: argparse.Namespace) -> None:
         temperatures = [args.temperature[(first + i) % len(args.temperature)] for i in range(n)]
         seeds = rng.integers(2**63, size=n).tolist()
         done.append(continued(lm.decoder, prompts, temperatures, args.length, seeds))
-        produced = sum(int(c.mask.sum()) for c in done)
-        print(f"{first + n}/{args.prompts} prompts  {produced} tokens  {time.time() - began:.0f} s")
-    tokens = np.concatenate([c.tokens for c in done])
+        tokens, seconds = sum(int(c.mask.sum()) for c in done), time.time() - began
+        print(f"{first + n}/{args.prompts} prompts  {tokens} tokens  {seconds:.0f} s", flush=True)
     kind = np.uint16 if lm.config.vocab_size <= 2**16 else np.int32
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    np.savez(args.out, tokens=tokens.astype(kind), mask=np.concatenate([c.mask for c in done]))
+    np.savez(
+        args.out,
+        tokens=np.concatenate([c.tokens for c in done]).astype(kind),
+        mask=np.concatenate([c.mask for c in done]),
+    )
 
 
 def losses(args: argparse.Namespace) -> dict[str, Loss]:

@@ -14,7 +14,7 @@ import pytest
 from tiny import exact, tiny
 
 from mimo_jax.api import LanguageModel
-from mimo_jax.decoding.autoregressive import Block
+from mimo_jax.decoding.autoregressive import Block, Decoder
 from mimo_jax.decoding.sampling import SamplingParams
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=20)
@@ -23,7 +23,7 @@ CODE = "import os\n\n\ndef "
 REPLACEMENT = "\ufffd"
 
 
-class Scripted:
+class Scripted(Decoder):
     """A decoder whose rows produce given tokens, three at a time, until they end.
 
     `prompts` are those it was given, `blocks_made` counts what it produced.

@@ -63,7 +63,7 @@ def streaming(monkeypatch):
         class Model:
             tokenizer = "any"
 
-            def stream(self, prompt: Any, params: mj.SamplingParams) -> FakeStream:
+            def stream(self, prompt: Any, params: mj.SamplingParams, **how: Any) -> FakeStream:
                 return FakeStream(pieces)
 
         monkeypatch.setattr(mj, "load", lambda *args, **options: Model())
@@ -108,8 +108,8 @@ def test_every_sampling_option_arrives(monkeypatch):
     class Model:
         tokenizer = "any"
 
-        def stream(self, prompt: Any, params: mj.SamplingParams) -> FakeStream:
-            seen.extend([prompt, params])
+        def stream(self, prompt: Any, params: mj.SamplingParams, **how: Any) -> FakeStream:
+            seen.extend([prompt, params, how])
             return FakeStream(("x",))
 
     def load(model: str, **options: Any) -> Model:
@@ -120,11 +120,13 @@ def test_every_sampling_option_arrives(monkeypatch):
     options = (
         "--model m --chat --max-tokens 5 --temperature 0.5 --top-p 0.9 --top-k 7 --min-p 0.1 "
         "--seed 3 --stop a --stop b --dtype float32 --dequantize --qkv plain --prompt hi "
-        "--mesh tensor=2 --rules throughput --random-weights 4 --layers 2 --kernels triton"
+        "--mesh tensor=2 --rules throughput --random-weights 4 --layers 2 --kernels triton "
+        "--speculative mtp --draft-width 3"
     )
     result = run("generate", *options.split())
     assert result.exit_code == 0, result.stderr
-    model, load_options, prompt, params = seen
+    model, load_options, prompt, params, how = seen
+    assert how == {"speculative": "mtp", "draft_width": 3}
     assert model == "m"
     assert load_options == {
         "dtype": "float32",
@@ -134,6 +136,7 @@ def test_every_sampling_option_arrives(monkeypatch):
         "rules": "throughput",
         "random_weights": 4,
         "layers": 2,
+        "drafters": True,
         "kernels": "triton",
         "progress": None,
     }
@@ -330,7 +333,7 @@ def test_random_weights_read_bytes_and_print_ids():
         (["--mesh", "tensor=64"], "mesh tensor=64 needs 64 devices, but there are 8 (cpu)"),
         (["--mesh", "expert=3", "--rules", "throughput"], "expert has 32 indivisible parts"),
         (["--mesh", "tensor=2", "--rules", "fast"], "no rules are called 'fast'; there are"),
-        (["--layers", "2"], "layers= cuts a model with random_weights="),
+        (["--layers", "2"], "layers= and drafters= are of models with random_weights="),
     ],
 )
 def test_meshes_that_cannot_be(args, message):

@@ -109,7 +109,7 @@ def test_a_configuration_of_any_size_by_name_cut_to_its_first_layers():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"layers": 2}, "layers= cuts a model with random_weights="),
+        ({"layers": 2}, "layers= and drafters= are of models with random_weights="),
         ({"random_weights": 1, "dequantize": True}, "random_weights= reads none"),
         ({"random_weights": 1, "qkv": "plain"}, "random_weights= reads none"),
         ({"random_weights": 1, "dtype": "float16"}, "float16 is not one of bfloat16, float32"),
