@@ -335,13 +335,18 @@ class LanguageModel:
             )
         return self._speculative[key]
 
+    @property
+    def drafters(self) -> tuple[Literal["mtp", "dflash"], ...]:
+        """What `speculative=` can be with this checkpoint."""
+        mtp: tuple[Literal["mtp"], ...] = ("mtp",) if self.mtp is not None else ()
+        return (*mtp, "dflash") if self.drafter is not None else mtp
+
     def _drafter(self, name: str) -> Drafter:
         if name == "mtp" and self.mtp is not None:
             return MTPDrafter(self.mtp, self.config)
         if name == "dflash" and self.drafter is not None:
             return DFlashDrafter(self.drafter)
-        held = [n for n, m in (("mtp", self.mtp), ("dflash", self.drafter)) if m is not None]
-        there = f"it has {' and '.join(held)}" if held else "it has none"
+        there = f"it has {' and '.join(self.drafters) or 'none'}"
         raise ValueError(
             f"speculative={name!r}: this checkpoint has no such drafter; {there}"
             if name in ("mtp", "dflash")

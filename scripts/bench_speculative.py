@@ -23,7 +23,6 @@ from bench_model import DISPATCHES, prompts
 from circumstances import circumstances, write_result
 
 import mimo_jax as mj
-from mimo_jax.api import Speculative
 from mimo_jax.decoding.autoregressive import STEPS
 from mimo_jax.decoding.speculative import SpeculativeDecoder
 
@@ -46,15 +45,13 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     lm = mj.load(args.model, **how)
     result["layers"] = lm.config.num_hidden_layers
     result["rows"] = []
-    kinds: tuple[tuple[Speculative, Any], ...] = (("mtp", lm.mtp), ("dflash", lm.drafter))
-    names: list[Speculative] = [name for name, module in kinds if module is not None]
     for rows in args.batch:
         ids, tokens = prompts(rows, args.prompt), 1 + STEPS * DISPATCHES
         max_len = -(-(args.prompt + tokens) // 32) * 32
         generate(lm, ids, tokens, max_len)
         times = [t for _ in range(3) for t in generate(lm, ids, tokens, max_len)[1:]]
         plain = statistics.median(times) / STEPS
-        for name in names:
+        for name in lm.drafters:
             widest = lm.decoder_for(name)
             assert isinstance(widest, SpeculativeDecoder)
             most = widest.drafter.tokens + 1

@@ -41,7 +41,6 @@ from drafter_weights import (
 import mimo_jax as mj
 from mimo_jax.checkpoint.saving import SHARD_SIZE
 from mimo_jax.decoding.autoregressive import Decoder
-from mimo_jax.decoding.drafters import DFlashDrafter, Drafter, MTPDrafter
 from mimo_jax.decoding.speculative import SpeculativeDecoder
 
 # A drafter's loss, and what is logged of it, of a dense module, the backbone and a batch.
@@ -271,20 +270,10 @@ def acceptance(
     }
 
 
-@functools.cache
 def speculating(lm: mj.LanguageModel) -> dict[str, SpeculativeDecoder]:
     """A decoder with each drafter that a checkpoint has, by the drafter's name."""
-    drafters: list[Drafter] = []
-    if lm.mtp is not None:
-        drafters.append(MTPDrafter(lm.mtp, lm.config))
-    if lm.drafter is not None:
-        drafters.append(DFlashDrafter(lm.drafter))
-    options: dict[str, Any] = {
-        "valid_vocabulary": lm.decoder.valid_vocabulary,
-        "eos_ids": lm.eos_ids,
-        "placement": lm.placement,
-    }
-    return {d.name: SpeculativeDecoder(lm.model, d, **options) for d in drafters}
+    decoders = {name: lm.decoder_for(name) for name in lm.drafters}
+    return {n: d for n, d in decoders.items() if isinstance(d, SpeculativeDecoder)}
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -332,7 +321,7 @@ def arguments() -> argparse.ArgumentParser:
     p.add_argument("--batch", type=int, default=32)
     p.add_argument("--seq", type=int, default=0, help="tokens of a sequence; 0: all")
     p.add_argument("--optimizer", choices=("muon", "adamw"), default="muon")
-    p.add_argument("--lr", type=float, default=8e-3)
+    p.add_argument("--lr", type=float, default=1.2e-2)
     p.add_argument("--weight-decay", type=float, default=0.1)
     p.add_argument("--distill", type=float, default=0.0, help="part of KL in the loss, 0 to 1")
     p.add_argument("--anchors", type=int, default=128, help="DFlash blocks a sequence")

@@ -47,8 +47,7 @@ def compare(
 
     if params.seed is None:
         params = dataclasses.replace(params, seed=secrets.randbits(63))
-    ways = [n for n, m in (("mtp", lm.mtp), ("dflash", lm.drafter)) if m is not None]
-    names: tuple[Any, ...] = (None, *ways)
+    names = (None, *lm.drafters)
     table = Table(
         *("", "tokens/s", "tokens a round", "kept, by position", "draft ms", "verify ms", "same")
     )
@@ -74,7 +73,7 @@ def compare(
         table.add_row(name or "plain", speed, f"{m.tokens_per_round:.2f}", kept, *phases, same)
     if not quiet:
         Console(highlight=False, markup=False).print(table)
-    if not ways:
+    if not lm.drafters:
         err.print("the checkpoint has neither MTP blocks nor a DFlash drafter to compare with")
 
 

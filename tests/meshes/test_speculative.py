@@ -17,7 +17,7 @@ from mimo_jax.decoding.sampling import SamplingParams
 from mimo_jax.decoding.speculative import SpeculativeDecoder
 from mimo_jax.model.dflash import DFlash
 from mimo_jax.model.mtp import MTP
-from mimo_jax.model.parameters import parameters, random_init
+from mimo_jax.model.parameters import Format, ParamSpec, parameters, random_init
 from mimo_jax.model.placement import Placement
 from sharding.mesh import make_mesh, use
 from sharding.types import put, replicated
@@ -63,15 +63,13 @@ def proposals(name: str, where: Placement | None) -> tuple[np.ndarray, np.ndarra
     positions = np.where(np.arange(length) <= last[:, None], np.arange(length), -1)
     hidden = [rng.standard_normal((batch, length, 32), np.float32) for _ in range(3)]
     run = Rows(
-        positions.astype(np.int32),
-        hidden[0],
-        dict(zip(drafter.taps, hidden[1:], strict=False)),
-        rng.integers(64, size=(batch, length)).astype(np.int32),
-        last,
+        jnp.asarray(positions, jnp.int32),
+        jnp.asarray(hidden[0]),
+        {n: jnp.asarray(a) for n, a in zip(drafter.taps, hidden[1:], strict=False)},
+        jnp.asarray(rng.integers(64, size=(batch, length)), jnp.int32),
+        jnp.asarray(last),
     )
-    if where is None:
-        run = jax.device_put(run)
-    else:
+    if where is not None:
         run = put(run, where.mesh, *where.rules.spec(["batch"]))
     state = drafter.init(batch, "float32", where)
 
@@ -107,7 +105,9 @@ def drafted(name: str, where: Placement | None) -> tuple[Any, Any]:
     ],
 )
 def test_proposals_and_tokens_are_those_of_one_device(mesh, rules, name):
-    held = [(p.spec, "plain") for m in modules() for _, p in parameters(m)]
+    held: list[tuple[ParamSpec, Format]] = [
+        (p.spec, "plain") for m in modules() for _, p in parameters(m)
+    ]
     where = Placement.fit(make_mesh(mesh), rules, held)
     logits, drafts = proposals(name, None)
     got_logits, got_drafts = proposals(name, where)
