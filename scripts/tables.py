@@ -107,32 +107,38 @@ def steps(*results: dict[str, Any]) -> str:
     lines = []
     for result in results:
         beside = result.get("transformers")
-        fewer = result.get("fewer", [])
+        others = (beside, *beside.get("fewer", ())) if beside else ()
         for i, row in enumerate(result["steps"]):
             step = "step_ms" in row
-            what = f"step, rows: {row['rows']}" if step else f"prompt of {row['prompt']}"
-            kind, roofline = (
-                ("step_ms", "roofline_ms") if step else ("prefill_ms", "prefill_roofline_ms")
-            )
-            ms = row[kind]
-            ours = [(result["layers"], ms)] + [(f["layers"], f["steps"][i][kind]) for f in fewer]
+            kind = "step_ms" if step else "prefill_ms"
+            limit = row.get("roofline_ms" if step else "prefill_roofline_ms")
+            runs = (result, *result.get("fewer", ()))
+            ours = [(run["layers"], run["steps"][i][kind]) for run in runs]
+            theirs = [
+                (run["layers"], run[kind][str(row["rows"])] if step else run[kind])
+                for run in others
+            ]
             lines.append(
                 [
-                    *(what, str(result["layers"]), f"{ms:.2f}"),
-                    f"{row[roofline] / ms:.0%}" if roofline in row else "",
+                    f"step, rows: {row['rows']}" if step else f"prompt of {row['prompt']}",
+                    str(result["layers"]),
+                    f"{row[kind]:.2f}",
+                    f"{limit / row[kind]:.0%}" if limit else "",
+                    *_beside(_shared(ours), _shared(theirs)),
+                    *_beside(_added(ours), _added(theirs)),
                 ]
             )
-            theirs = []
-            for one in [beside, *beside.get("fewer", [])] if beside else ():
-                taken = one["step_ms"][str(row["rows"])] if step else one["prefill_ms"]
-                theirs.append((one["layers"], taken))
-            for a_layer in (_shared, _added):
-                own, other = a_layer(ours), a_layer(theirs)
-                lines[-1] += [f"{own:.3f}" if own else ""]
-                lines[-1] += [f"{other:.2f}" if other else ""]
-                lines[-1] += [f"{other / own:.1f}" if own and other else ""]
     header = ["", "layers", "ms", "of the roofline", "ms a layer", "transformers", "times"]
     return table([*header, "ms a layer adds", "transformers", "times"], lines)
+
+
+def _beside(ours: float | None, theirs: float | None) -> tuple[str, str, str]:
+    """Two times of a layer, and how many times longer the second is."""
+    return (
+        f"{ours:.3f}" if ours else "",
+        f"{theirs:.2f}" if theirs else "",
+        f"{theirs / ours:.1f}" if ours and theirs else "",
+    )
 
 
 def _shared(times: list[tuple[int, float]]) -> float | None:
