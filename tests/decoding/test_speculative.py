@@ -70,6 +70,21 @@ def test_drafters_give_the_tokens_of_plain_decoding(name, width):
     assert sum(rounds[0]) == 39  # the first token is the prompt's
 
 
+def test_two_hundred_prompts():
+    """Greedy, 128 tokens each, eight at a time, with both drafters at their widest."""
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(VOCAB, size=1 + i % 24).tolist() for i in range(200)]
+    long = dataclasses.replace(GREEDY, max_tokens=128)
+
+    def completed(use: Decoder) -> list[list[int]]:
+        parts = (generated(use, prompts[i : i + 8], long)[0] for i in range(0, len(prompts), 8))
+        return [tokens for part in parts for tokens in part]
+
+    expected = completed(PLAIN)
+    for name in ("mtp", "dflash"):
+        assert completed(decoder(drafter(name))) == expected
+
+
 def test_a_row_ends_inside_a_round():
     expected = plain(GREEDY)
     use = scripted(GREEDY, lambda *_: 0)
