@@ -236,11 +236,7 @@ def _attend(
     """A drafter layer's attention of the blocks' rows, A blocks one after the other."""
     (B, R, _), A = x.shape, anchors.shape[1]
     heads = attention.heads
-    q = contract("btd,krd->btkr", x, attention.q_proj[...].astype(x.dtype)).astype(x.dtype)
-    by_head = q.reshape(*q.shape[:3], heads.group, heads.head)
-    q = attention.q_norm(by_head).reshape(q.shape)
-    fused = jnp.concatenate([q, *attention.keys_and_values(x)], axis=-1)
-    q, k, v = split(fused, positions, heads)
+    q, k, v = split(attention.projected(x), positions, heads)
 
     slots = jnp.arange(context.k.shape[1])
     before = slots < jnp.repeat(anchors, R // A, axis=1)[..., None]

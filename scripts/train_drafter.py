@@ -41,6 +41,7 @@ from drafter_weights import (
 import mimo_jax as mj
 from mimo_jax.checkpoint.saving import SHARD_SIZE
 from mimo_jax.decoding.autoregressive import Decoder
+from mimo_jax.decoding.draft_width import by_position
 from mimo_jax.decoding.speculative import SpeculativeDecoder
 
 # A drafter's loss, and what is logged of it, of a dense module, the backbone and a batch.
@@ -250,7 +251,6 @@ def acceptance(
     A row's last round, which its end may have cut short, does not count.
     """
     params = mj.SamplingParams(temperature=temperature, max_tokens=tokens)
-    most = decoder.drafter.tokens
     rounds: list[int] = []
     for first in range(0, len(prompts), batch):
         some = prompts[first : first + batch]
@@ -265,7 +265,7 @@ def acceptance(
         "rounds": len(each),
         "acceptance_length": round(float(each.mean()), 4) if len(each) else None,
         "accepted_by_position": [
-            round(float((each > n).mean()), 4) for n in range(1, most + 1) if len(each)
+            round(n, 4) for n in by_position(rounds, [1 + decoder.drafter.tokens] * len(rounds))
         ],
     }
 

@@ -85,10 +85,13 @@ class AdaptiveWidth:
 
 def at_chance(name: str, lengths: Sequence[int], widths_of: Sequence[int]) -> str | None:
     """What to say if proposals are hardly ever right, which no drafter of a model is; else None."""
-    if len(lengths) < ENOUGH_ROUNDS or by_position(lengths, widths_of)[0] >= CHANCE:
+    if len(lengths) < ENOUGH_ROUNDS:
+        return None
+    right = by_position(lengths, widths_of)[0]
+    if right >= CHANCE:
         return None
     return (
-        f"{name} proposed the right next token in {by_position(lengths, widths_of)[0]:.1%} of "
+        f"{name} proposed the right next token in {right:.1%} of "
         f"{len(lengths)} rounds, as good as never, so it only costs time.  The likely causes: "
         "drafter and backbone are of different checkpoints; the QKV rows were read in the wrong "
         "order (qkv=, see `mimo-jax inspect`); mask_embedding.pt is that of another model; the "

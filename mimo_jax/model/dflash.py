@@ -63,6 +63,13 @@ class DFlashAttention(nnx.Module):
         k, v = (_projected(x, p) for p in (self.k_proj, self.v_proj))
         return self.k_norm(k), v
 
+    def projected(self, x: Float[Array, "B T D"]) -> Float[Array, "B T K R"]:
+        """A block's queries, keys and values by KV head, normalised and not rotated yet."""
+        q = _projected(x, self.q_proj)
+        by_head = (*q.shape[:3], self.heads.group, self.heads.head)
+        q = self.q_norm(reshard(q, *entries(q)[:3], None).reshape(by_head))
+        return jnp.concatenate([q.reshape(*q.shape[:3], -1), *self.keys_and_values(x)], axis=-1)
+
     def commit(
         self, context: Float[Array, "B T D"], positions: Int[Array, "B T"], cache: LayerCache
     ) -> LayerCache:
@@ -76,20 +83,14 @@ class DFlashAttention(nnx.Module):
 
         The block's keys and values are left in the ring, at positions that are not committed yet.
         """
-        q = _projected(x, self.q_proj)
-        by_head = (*q.shape[:3], self.heads.group, self.heads.head)
-        split = entries(self.o_proj[...])[2]
-        q = reshard(q, *entries(q)[:3], None).reshape(by_head)
-        q = self.q_norm(q).reshape(*q.shape[:3], -1)
-        k, v = self.keys_and_values(x)
         out, cache_after, _ = cached_attention(
-            jnp.concatenate([q, k, v], axis=-1),
+            self.projected(x),
             positions,
             cache,
             None if self.sink is None else self.sink[...],
             heads=self.heads,
             window=self.window,
-            group=split,
+            group=entries(self.o_proj[...])[2],
             kernels=self.kernels,
             causal=False,
         )

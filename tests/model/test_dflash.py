@@ -12,35 +12,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from decoding.speculating import DRAFTER
 from goldens import recipe
 
-from mimo_jax.config import DFlashConfig
 from mimo_jax.decoding.drafters import DFlashDrafter, Rows
 from mimo_jax.model.cache import RING_SLACK
 from mimo_jax.model.dflash import DFlash
 from mimo_jax.model.taps import Taps
 
 # The vocabulary is not the backbone's, and the backbone's theta is not the drafter's.
-CONFIG = DFlashConfig(
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=16,
-    v_head_dim=16,
-    partial_rotary_factor=0.5,
-    rope_theta=1e4,
-    block_size=8,
-    sliding_window=24,
-    target_layer_ids=(0, 1),
-    mask_token_id=63,
-    num_target_layers=2,
-    attention_value_scale=0.612,
-    attention_sink_bias=True,
-    vocab_size=48,
-    backbone_rotary_base=5e6,
-)
+CONFIG = dataclasses.replace(DRAFTER, vocab_size=48, backbone_rotary_base=5e6)
 LAYERS, VOCAB, D, MLP_WIDTH, BLOCK, WINDOW = 2, 64, 32, 48, 8, 24
 HEADS, KV_HEADS, HEAD, ROTARY, THETA, VALUE_SCALE, EPS = 4, 2, 16, 8, 1e4, 0.612, 1e-6
 TAPS = ("hidden.0", "hidden.1")
