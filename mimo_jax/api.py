@@ -471,6 +471,8 @@ def _output(prompt: list[int], rows: Sequence[tuple[Row, float]]) -> GenerationO
     times = [(row.token_times, started) for row, started in rows]
     spans = [(t[-1] - t[0], len(t) - 1) for t, _ in times if len(t) > 1]
     steps = sum(n for _, n in spans)
+    phases = [row.phases for row, _ in rows if row.phases is not None]
+    verify_s, draft_s = np.sum(phases, axis=0).tolist() if phases else (None, None)
     metrics = Metrics(
         ttft_s=min((t[0] - started for t, started in times if t), default=0.0),
         tpot_s=sum(s for s, _ in spans) / steps if steps else 0.0,
@@ -478,5 +480,7 @@ def _output(prompt: list[int], rows: Sequence[tuple[Row, float]]) -> GenerationO
         generated_tokens=sum(len(t) for t, _ in times),
         acceptance_lengths=tuple(n for row, _ in rows for n, _ in row.rounds),
         draft_widths=tuple(w for row, _ in rows for _, w in row.rounds),
+        verify_s=verify_s,
+        draft_s=draft_s,
     )
     return GenerationOutput(prompt, completions, metrics)

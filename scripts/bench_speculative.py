@@ -44,6 +44,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         how |= {"random_weights": args.random_weights, "layers": args.layers, "drafters": True}
     lm = mj.load(args.model, **how)
     result["layers"] = lm.config.num_hidden_layers
+    greedy = mj.SamplingParams(temperature=0.0)
     result["rows"] = []
     for rows in args.batch:
         ids, tokens = prompts(rows, args.prompt), 1 + STEPS * DISPATCHES
@@ -58,7 +59,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             for width in range(2, most + 1):
                 decoder = lm.decoder_for(name, width)
                 assert isinstance(decoder, SpeculativeDecoder)
-                verify, draft = decoder.phase_seconds(rows, max_len)
+                verify, draft = decoder.phase_seconds(ids, greedy, max_len)
                 row = {"drafter": name, "rows": rows, "width": width, "plain_s": plain}
                 row |= {"verify_s": verify, "draft_s": draft}
                 row["break_even"] = (verify + draft) / plain

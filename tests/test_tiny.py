@@ -65,8 +65,11 @@ def test_it_is_stored_as_the_releases_are():
     assert {s.num_kv_heads for s in lm.config.layers} == {2, 4}
 
 
-def test_it_leaves_room_in_20_megabytes():
-    assert sum(f.stat().st_size for f in FOLDER.rglob("*") if f.is_file()) < 17e6
+def test_it_has_drafters_and_is_small():
+    lm = tiny()
+    assert lm.mtp is not None and len(lm.mtp.layers) == 3
+    assert lm.drafter is not None and lm.drafter.config.block_size == 8
+    assert sum(f.stat().st_size for f in FOLDER.rglob("*") if f.is_file()) < 25e6
 
 
 def test_its_tokenizer_has_mimos_special_tokens_and_spare_ids():

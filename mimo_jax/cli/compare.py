@@ -19,9 +19,12 @@ if TYPE_CHECKING:
 def describe(metrics: Metrics) -> str:
     """Rounds, tokens a round and acceptance by position, in a line."""
     kept = ", ".join(f"{share:.0%}" for share in metrics.acceptance_by_position)
+    times = ""
+    if metrics.verify_s is not None and metrics.draft_s is not None:
+        times = f"; {metrics.draft_s:.3f} s drafting, {metrics.verify_s:.3f} s verifying"
     return (
         f"{len(metrics.acceptance_lengths)} rounds of {metrics.tokens_per_round:.2f} tokens; "
-        f"proposals kept, by position: {kept}"
+        f"proposals kept, by position: {kept}{times}"
     )
 
 
@@ -43,8 +46,6 @@ def compare(
       err: where to say what is under way.
       quiet: print nothing.
     """
-    from mimo_jax.decoding.speculative import SpeculativeDecoder
-
     if params.seed is None:
         params = dataclasses.replace(params, seed=secrets.randbits(63))
     names = (None, *lm.drafters)
@@ -59,12 +60,11 @@ def compare(
         how: Any = {"speculative": name, "draft_width": width if name else None}
         with err.status(f"{name or 'plain'}"):
             output, seconds = _timed(lm, prompt, params, how)
-            decoder = lm.decoder_for(**how)
-            phases = ("", "")
-            if isinstance(decoder, SpeculativeDecoder):
-                verify, draft = decoder.phase_seconds(1, 256 + len(prompt) // 256 * 256)
+            m, phases = output.metrics, ("", "")
+            if name is not None:
+                verify, draft = _phases(lm, output, params, how)
                 phases = (f"{draft * 1e3:.2f}", f"{verify * 1e3:.2f}")
-        m, steps = output.metrics, len(output.token_ids) - 1
+        steps = len(output.token_ids) - 1
         rate = steps / seconds if steps else 0.0
         first, plain = first or output, plain or rate
         kept = " ".join(f"{share:.0%}" for share in m.acceptance_by_position)
@@ -75,6 +75,23 @@ def compare(
         Console(highlight=False, markup=False).print(table)
     if not lm.drafters:
         err.print("the checkpoint has neither MTP blocks nor a DFlash drafter to compare with")
+
+
+def _phases(
+    lm: LanguageModel, output: GenerationOutput, params: SamplingParams, how: Any
+) -> tuple[float, float]:
+    """Seconds of a round's verification and of its drafting."""
+    from mimo_jax.decoding.speculative import SpeculativeDecoder
+
+    m, decoder = output.metrics, lm.decoder_for(**how)
+    assert isinstance(decoder, SpeculativeDecoder)
+    if m.verify_s is not None and m.draft_s is not None:
+        rounds = max(1, len(m.acceptance_lengths))
+        return m.verify_s / rounds, m.draft_s / rounds
+    tokens = [*output.prompt_token_ids, *output.token_ids]
+    # A round may be wider than there is text.
+    tokens = [tokens[0]] * (decoder.width + 1 - len(tokens)) + tokens
+    return decoder.phase_seconds([tokens], params, 256 + len(tokens) // 256 * 256)
 
 
 def _timed(

@@ -26,6 +26,7 @@ from mimo_jax.model.backbone import MiMo
 from mimo_jax.model.cache import KVCache, init_cache
 from mimo_jax.model.placement import Placement
 from mimo_jax.quant import QuantizedArray, dequantize
+from pallas_kernels import clock
 from sharding import mesh
 from sharding.types import put, replicated
 
@@ -68,12 +69,15 @@ class Seen:
       logprobs: of them [B, n, ...], if asked for.
       remaining: how many more tokens each row may produce.
       lengths: with speculation, how many tokens each round produced; 0 where a row was done.
+      ticks: and what each round's verification and its drafting took, by the device's clock
+        (`pallas_kernels.clock`); 0 where it has none.
     """
 
     tokens: Int32[Array, "B n"]
     logprobs: Logprobs | None
     remaining: Int32[Array, " B"]
     lengths: Int32[Array, "B rounds"] | None = None
+    ticks: Int32[Array, "B rounds 2"] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,12 +89,15 @@ class Block:
       logprobs: as the device reported them ([B, n, ...]), if asked for.
       lengths: with speculation, int32 [B, rounds]: how many of them each round produced, 0 where a
         row was done.
+      phases: float64 [B, rounds, 2], seconds that each round took to verify and to draft; None if
+        the device doesn't tell.
       width: how many tokens of a row these rounds verified at once.
     """
 
     tokens: np.ndarray
     logprobs: Logprobs | None
     lengths: np.ndarray | None = None
+    phases: np.ndarray | None = None
     width: int = 1
 
     @classmethod
@@ -106,18 +113,35 @@ class Block:
             return np.take_along_axis(a, order.reshape(*order.shape, *[1] * (a.ndim - 2)), axis=1)
 
         logprobs = jax.tree.map(ordered, seen.logprobs)
-        return cls(ordered(tokens), logprobs, np.asarray(seen.lengths))
+        phases = np.asarray(seen.ticks) * clock.TICK
+        return cls(
+            ordered(tokens), logprobs, np.asarray(seen.lengths), phases if phases.any() else None
+        )
 
     def first(self, rows: int) -> Block:
         """That of the first rows; log-probabilities stay as they are."""
-        lengths = None if self.lengths is None else self.lengths[:rows]
-        return dataclasses.replace(self, tokens=self.tokens[:rows], lengths=lengths)
+        parts = {"tokens": self.tokens, "lengths": self.lengths, "phases": self.phases}
+        return dataclasses.replace(
+            self, **{name: a if a is None else a[:rows] for name, a in parts.items()}
+        )
 
 
 def bucket(length: int, limit: int, smallest: int = SMALLEST_BUCKET) -> int:
     """The power of two (at least `smallest`, at most `limit`) that `length` is padded to, so that
     few shapes are compiled."""
     return min(limit, max(smallest, 1 << (length - 1).bit_length()))
+
+
+@dataclasses.dataclass
+class _Run:
+    """A batch under way: what its next dispatch is given, and its rows and its cache's length."""
+
+    leaves: list[Any]
+    state: DecodeState
+    rows: RowParams
+    ignore_eos: Bool[Array, " B"]
+    top_logprobs: int | None
+    shape: tuple[int, int]
 
 
 class Decoder:
@@ -195,6 +219,41 @@ class Decoder:
           ValueError: a prompt is empty, or longer than the model or the cache allows.
         """
         stopped = set() if stopped is None else stopped
+        real = len(prompts)
+        run, seen = self._start(prompts, params, seeds, max_len)
+        started = None
+        try:
+            while True:
+                got = jax.device_get(seen)
+                block = self._learn(Block.of(got), started and time.perf_counter() - started)
+                yield block.first(real)
+                active = np.array(got.remaining)
+                active[list(stopped)] = 0
+                if not active.any():
+                    return
+                if (active != got.remaining).any():
+                    run.state = dataclasses.replace(run.state, remaining=self.put(active))
+                options = {"top_logprobs": run.top_logprobs, **self._dispatch()}
+                program = (*run.shape, *options.values())
+                # The first time would be that of compiling it.
+                started = time.perf_counter() if program in self._ran else None
+                self._ran.add(program)
+                with self._on_mesh():
+                    run.state, seen = self._decode(
+                        run.leaves, run.state, run.rows, run.ignore_eos, **options
+                    )
+        finally:
+            # After Ctrl-C steps may be under way; a process that ends meanwhile is aborted.
+            jax.block_until_ready(seen)
+
+    def _start(
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: Sequence[SamplingParams],
+        seeds: Sequence[int],
+        max_len: int | None,
+    ) -> tuple[_Run, Seen]:
+        """Runs the prompts; the arguments are those of `blocks`."""
         limit = self._check_lengths(prompts, max_len)
         real = len(prompts)
         budget = [min(p.max_tokens, limit - len(t)) for t, p in zip(prompts, params, strict=True)]
@@ -225,28 +284,7 @@ class Decoder:
                 leaves, tokens, positions, cache, row_params, ignore_eos, remaining,
                 top_logprobs=top,
             )  # fmt: skip
-        started = None
-        try:
-            while True:
-                got = jax.device_get(seen)
-                block = self._learn(Block.of(got), started and time.perf_counter() - started)
-                yield block.first(real)
-                active = np.array(got.remaining)
-                active[list(stopped)] = 0
-                if not active.any():
-                    return
-                if (active != got.remaining).any():
-                    state = dataclasses.replace(state, remaining=self.put(active))
-                options = {"top_logprobs": top, **self._dispatch()}
-                program = (rows, cache_len, *options.values())
-                # The first time would be that of compiling it.
-                started = time.perf_counter() if program in self._ran else None
-                self._ran.add(program)
-                with self._on_mesh():
-                    state, seen = self._decode(leaves, state, row_params, ignore_eos, **options)
-        finally:
-            # After Ctrl-C steps may be under way; a process that ends meanwhile is aborted.
-            jax.block_until_ready(seen)
+        return _Run(leaves, state, row_params, ignore_eos, top, (rows, cache_len)), seen
 
     def lowered(
         self, rows: int, length: int, max_len: int

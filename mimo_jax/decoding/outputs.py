@@ -52,6 +52,9 @@ class Metrics:
       prompt_tokens, generated_tokens: counts, the latter over all completions.
       acceptance_lengths: tokens that each speculative round produced; empty without speculation.
       draft_widths: tokens that it verified at once.
+      verify_s, draft_s: what these rounds took to verify and to draft, by the device's clock, the
+        other requests of the batch included; None without speculation, or where programs can't
+        read a clock (CPUs, TPUs).
     """
 
     ttft_s: float
@@ -60,6 +63,8 @@ class Metrics:
     generated_tokens: int
     acceptance_lengths: tuple[int, ...] = ()
     draft_widths: tuple[int, ...] = ()
+    verify_s: float | None = None
+    draft_s: float | None = None
 
     @property
     def tokens_per_round(self) -> float:
@@ -117,6 +122,7 @@ class Row:
         self.ended = False
         self.token_times: list[float] = []
         self.rounds: list[tuple[int, int]] = []  # tokens produced, and verified at once
+        self.phases: np.ndarray | None = None  # seconds verifying and drafting
         self._eos_ids = () if params.ignore_eos else eos_ids
         self._ids: list[int] = []
         self._text: list[str] = []
@@ -130,6 +136,9 @@ class Row:
         now, new, logprobs = time.perf_counter(), "", block.logprobs
         if block.lengths is not None:
             self.rounds += [(n, block.width) for n in block.lengths[row].tolist() if n]
+            if block.phases is not None:
+                spent = block.phases[row][block.lengths[row] > 0].sum(axis=0)
+                self.phases = spent if self.phases is None else self.phases + spent
         for i, token in enumerate(block.tokens[row].tolist()):
             if token < 0 or self.ended:
                 break

@@ -158,9 +158,9 @@ class RowParams:
 class Logprobs:
     """Log-probabilities of the chosen token and of the most probable ones, best first."""
 
-    chosen: Float32[Array, " B"]
-    top_ids: Int32[Array, "B top"]
-    top: Float32[Array, "B top"]
+    chosen: Float32[Array, " B *T"]
+    top_ids: Int32[Array, "B *T top"]
+    top: Float32[Array, "B *T top"]
 
 
 def row_params(params: Sequence[SamplingParams], seeds: Sequence[int]) -> RowParams:
@@ -276,22 +276,25 @@ def _keep_top(
 
 
 def sample(
-    logits: Float32[Array, "B V"], rows: RowParams, positions: Int32[Array, " B"]
-) -> Int32[Array, " B"]:
-    """One token a row, drawn from softmax(processed_logits(logits, rows)) by the Gumbel-max trick.
+    logits: Float32[Array, "B *T V"], rows: RowParams, positions: Int32[Array, " B *T"]
+) -> Int32[Array, " B *T"]:
+    """Tokens drawn from softmax(processed_logits(logits, rows)) by the Gumbel-max trick.
 
     A row's noise is a function of its seed and of the position of the token drawn, so the same
-    seed gives the same tokens in any row of any batch.
+    seed gives the same tokens in any row of any batch, and in any block of successive tokens.
 
     Args:
-      logits: of the tokens to draw, already masked (`mask_vocabulary`).
+      logits: of the tokens to draw, one a row or several, already masked (`mask_vocabulary`).
       rows: the rows' parameters.
       positions: positions in their sequences of the tokens to draw.
     """
 
     def draw(logits: Array, rows: RowParams, positions: Array) -> Array:
-        gumbel = jax.vmap(noise)(rows.key_data, positions)
-        return jnp.argmax(processed_logits(logits, rows) + gumbel, axis=-1)
+        each = math.prod(positions.shape[1:])
+        rows = jax.tree.map(lambda a: jnp.repeat(a, each, axis=0), rows)
+        gumbel = jax.vmap(noise)(rows.key_data, positions.reshape(-1))
+        processed = processed_logits(logits.reshape(-1, logits.shape[-1]), rows)
+        return jnp.argmax(processed + gumbel, axis=-1).reshape(positions.shape)
 
     def noise(key_data: Array, position: Array) -> Array:
         key = jax.random.wrap_key_data(key_data, impl="threefry2x32")
@@ -308,27 +311,7 @@ def sample(
     ).astype(jnp.int32)
 
 
-def sample_block(
-    logits: Float32[Array, "B T V"], rows: RowParams, positions: Int32[Array, "B T"]
-) -> Int32[Array, "B T"]:
-    """`sample` of T successive tokens a row, each as if it were alone.
-
-    Args:
-      logits, rows: as of `sample`.
-      positions: of the tokens to draw.
-    """
-
-    def each() -> Array:
-        # A loop, because sorting is a long program.
-        columns = (jnp.moveaxis(logits, 1, 0), positions.T)
-        return jax.lax.map(lambda column: sample(column[0], rows, column[1]), columns).T
-
-    return jax.lax.cond(
-        jnp.any(rows.temperature > 0), each, lambda: jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    )
-
-
-def logprobs(logits: Float32[Array, "B V"], tokens: Int32[Array, " B"], top: int) -> Logprobs:
+def logprobs(logits: Float32[Array, "B *T V"], tokens: Int32[Array, " B *T"], top: int) -> Logprobs:
     """Natural log-probabilities under softmax(logits), unprocessed as vLLM reports them.
 
     Args:
@@ -345,6 +328,6 @@ def logprobs(logits: Float32[Array, "B V"], tokens: Int32[Array, " B"], top: int
     logits = reshard(logits, entries(logits)[0])
     total = jax.nn.logsumexp(logits, axis=-1)
     # Not a gather: this form needs no sharding hints.
-    chosen = jnp.sum(jnp.where(jnp.arange(V) == tokens[:, None], logits, 0.0), axis=-1)
+    chosen = jnp.sum(jnp.where(jnp.arange(V) == tokens[..., None], logits, 0.0), axis=-1)
     best, ids = by_rows(lambda x: jax.lax.top_k(x, top), logits)
-    return Logprobs(chosen - total, ids.astype(jnp.int32), best - total[:, None])
+    return Logprobs(chosen - total, ids.astype(jnp.int32), best - total[..., None])

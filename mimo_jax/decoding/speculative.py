@@ -25,13 +25,15 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int32
 
 from mimo_jax.decoding import sampling
-from mimo_jax.decoding.autoregressive import Block, Decoder, DecodeState, Seen, expanded
+from mimo_jax.decoding.autoregressive import Block, Decoder, DecodeState, Seen
 from mimo_jax.decoding.draft_width import AdaptiveWidth
 from mimo_jax.decoding.drafters import Drafter, Rows
 from mimo_jax.decoding.sampling import RowParams, SamplingParams
 from mimo_jax.model.backbone import MiMo
+from mimo_jax.model.cache import KVCache
 from mimo_jax.model.placement import Placement
-from sharding.types import replicated
+from pallas_kernels import clock
+from sharding.types import by_rows, replicated
 
 Width = int | Literal["adaptive"] | None
 
@@ -168,19 +170,27 @@ class SpeculativeDecoder(Decoder):
         top_logprobs: int | None,
     ) -> tuple[DecodeState, Seen]:
         model, module = jax.tree.unflatten(self._treedef, leaves)
+        choose = functools.partial(self._choose, rows)
 
-        def one(state: DecodeState, _: None) -> tuple[DecodeState, Any]:
+        def one(carry: tuple[DecodeState, Any], _: None) -> tuple[Any, Any]:
+            state, began = carry
             state, run, made = self._verify(model, rows, ignore_eos, top_logprobs, width, state)
-            choose = functools.partial(self._choose, rows)
-            drafts = self.drafter.draft(module, model, state.drafts[1], run, choose)
-            return dataclasses.replace(state, drafts=drafts), made
+            following, verified = _timed(run.following)
+            run = dataclasses.replace(run, following=following)
+            tokens, carried = self.drafter.draft(module, model, state.drafts[1], run, choose)
+            tokens, drafted = _timed(tokens)
+            state = dataclasses.replace(state, drafts=(tokens, carried))
+            took = [clock.elapsed(began, verified), clock.elapsed(verified, drafted)]
+            return (state, drafted), (*made, jnp.stack(took, axis=-1))
 
-        state, made = jax.lax.scan(one, state, length=rounds)
-        tokens, logprobs, lengths = jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1), made)
+        tokens, began = _timed(state.tokens)
+        state = dataclasses.replace(state, tokens=tokens)
+        (state, _), made = jax.lax.scan(one, (state, began), length=rounds)
+        tokens, logprobs, lengths, ticks = jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1), made)
         tokens, logprobs = jax.tree.map(
             lambda a: a.reshape(a.shape[0], -1, *a.shape[3:]), (tokens, logprobs)
         )
-        return state, replicated(Seen(tokens, logprobs, state.remaining, lengths))
+        return state, replicated(Seen(tokens, logprobs, state.remaining, lengths, ticks))
 
     def _verify(
         self,
@@ -201,13 +211,10 @@ class SpeculativeDecoder(Decoder):
             tokens, positions, state.cache, taps=self.drafter.taps
         )
         logits = sampling.mask_vocabulary(model.logits(hidden), self.valid_vocabulary)
-        drawn = sampling.sample_block(logits, rows, positions + 1)
+        drawn = sampling.sample(logits, rows, positions + 1)
         logprobs = None
         if top_logprobs is not None:
-            logprobs = jax.tree.map(
-                lambda *columns: jnp.stack(columns, axis=1),
-                *[sampling.logprobs(logits[:, i], drawn[:, i], top_logprobs) for i in range(width)],
-            )
+            logprobs = sampling.logprobs(logits, drawn, top_logprobs)
         ends = jnp.isin(drawn, jnp.asarray(self.eos_ids, jnp.int32)) & ~ignore_eos[:, None]
         count, ended = kept(drawn, accepted(proposed, drawn), state.remaining, ends)
         last = jnp.maximum(count - 1, 0)
@@ -223,62 +230,76 @@ class SpeculativeDecoder(Decoder):
         made = jnp.where(offset < count[:, None], drawn, -1)
         return after, Rows(positions, hidden, taps, drawn, last), (made, logprobs, count)
 
-    def phase_seconds(self, rows: int, max_len: int) -> tuple[float, float]:
+    def phase_seconds(
+        self, sequences: Sequence[Sequence[int]], params: SamplingParams, max_len: int
+    ) -> tuple[float, float]:
         """Seconds of a round's verification and of its drafting, each in a program of its own.
 
-        Greedy, on tokens that mean nothing, in the middle of the cache.
+        The round verifies the last tokens of each sequence, as if they had been proposed: a mixture
+        of experts takes longer for tokens that differ.
 
         Args:
-          rows: sequences of the batch.
+          sequences: token ids, each longer than a round is wide.
+          params: how all of them are sampled.
           max_len: positions of the cache.
         """
-        one = sampling.row_params([SamplingParams(temperature=0.0)] * rows, [0] * rows)
-        by_row = (
-            np.zeros(rows, np.int32),
-            np.full(rows, max_len // 2, np.int32),
-            np.full(rows, max_len, np.int32),
-            np.zeros((rows, self.drafter.tokens), np.int32),
-            np.ones(rows, bool),
+        width = self.width
+        endless = dataclasses.replace(params, max_tokens=max_len, ignore_eos=True, logprobs=None)
+        each, seeds = [endless] * len(sequences), list(range(len(sequences)))
+        run, _ = self._start([s[:-width] for s in sequences], each, seeds, max_len)
+        proposed = [[*s[1 - width :], *[0] * (1 + self.drafter.tokens - width)] for s in sequences]
+        given = [s[-width] for s in sequences], proposed
+        rows = run.shape[0]
+        tokens, drafts = self.put(
+            tuple(np.resize(np.asarray(a, np.int32), (rows, *np.shape(a)[1:])) for a in given)
         )
-        tokens, positions, remaining, proposed, ignore_eos = self.put(by_row)
-        cache, carried = self._empty(rows, max_len)
-        state = DecodeState(cache, tokens, positions, remaining, (proposed, carried))
-        params = self.put(one)
+        start = dataclasses.replace(run.state, tokens=tokens, drafts=(drafts, run.state.drafts[1]))
 
         @jax.jit
-        def verify(leaves: list[Any], state: DecodeState) -> tuple[DecodeState, Rows]:
+        def verify(leaves: list[Any], start: DecodeState) -> tuple[KVCache, Rows]:
             model, _ = jax.tree.unflatten(self._treedef, leaves)
-            run = functools.partial(self._verify, model, params, ignore_eos, None, self.width)
-            state, last, _ = run(state)
-            # Positions as they were, so that the cache never ends.
-            state = dataclasses.replace(state, positions=positions)
-            return jax.lax.fori_loop(1, ROUNDS, lambda _, s: run(s[0])[:2], (state, last))
+
+            def one(cache: KVCache) -> tuple[KVCache, Rows]:
+                state = dataclasses.replace(start, cache=cache)
+                state, made, _ = self._verify(model, run.rows, run.ignore_eos, None, width, state)
+                return state.cache, made
+
+            return jax.lax.fori_loop(1, ROUNDS, lambda _, c: one(c[0]), one(start.cache))
 
         @jax.jit
-        def draft(leaves: list[Any], drafts: Any, run: Rows) -> Any:
+        def draft(leaves: list[Any], drafts: Any, made: Rows) -> Any:
             model, module = jax.tree.unflatten(self._treedef, leaves)
-            choose = functools.partial(self._choose, params)
+            choose = functools.partial(self._choose, run.rows)
 
             def one(_: Any, drafts: Any) -> Any:
-                return self.drafter.draft(module, model, drafts[1], run, choose)
+                return self.drafter.draft(module, model, drafts[1], made, choose)
 
             return jax.lax.fori_loop(0, ROUNDS, one, drafts)
 
         with self._on_mesh():
-            leaves = expanded(self._leaves, jnp.dtype(self.config.dtype))
-            _, run = verify(leaves, state)
+            _, made = verify(run.leaves, start)
             return (
-                _seconds(lambda: verify(leaves, state)) / ROUNDS,
-                _seconds(lambda: draft(leaves, state.drafts, run)) / ROUNDS,
+                _seconds(lambda: verify(run.leaves, start)) / ROUNDS,
+                _seconds(lambda: draft(run.leaves, start.drafts, made)) / ROUNDS,
             )
 
     def _choose(
         self, rows: RowParams, logits: Float[Array, "B n V"], positions: Int32[Array, "B n"]
     ) -> Int32[Array, "B n"]:
         """Draws proposals as if the drafter were the backbone."""
-        return sampling.sample_block(
+        return sampling.sample(
             sampling.mask_vocabulary(logits, self.valid_vocabulary), rows, positions
         )
+
+
+def _timed(x: Int32[Array, " B *n"]) -> tuple[Int32[Array, " B *n"], Int32[Array, " B"]]:
+    """Integers of each row, and when they had been computed (`clock.read`)."""
+
+    def read(x: Array) -> tuple[Array, Array]:
+        x, now = clock.read(x)
+        return x, jnp.full(len(x), now)
+
+    return by_rows(read, x)
 
 
 def _seconds(run: Callable[[], Any], times: int = 5) -> float:

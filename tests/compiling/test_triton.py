@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import targets, words
+from pallas_kernels import clock, targets, words
 from pallas_kernels.attention import cases as attention_cases
 from pallas_kernels.attention.triton import attention
 from pallas_kernels.decode_attention import cases as decode_cases
@@ -116,6 +116,16 @@ def test_attention(case):
 def test_rms_norm(rows):
     given = ShapeDtype((rows, 6144), jnp.bfloat16), ShapeDtype((6144,), jnp.bfloat16)
     targets.compile(targets.HOPPER, functools.partial(rms_norm, eps=1e-5), *given)
+
+
+def test_the_clock_is_read_between_what_is_computed_before_and_after():
+    def twice(x):
+        first, began = clock.read(x)
+        second, ended = clock.read(first * 3)
+        return second, clock.elapsed(began, ended)
+
+    compiled = targets.compile(targets.HOPPER, twice, ShapeDtype((3,), jnp.int32))
+    assert compiled.program.as_text().count(" custom-call(") == 2
 
 
 @pytest.mark.parametrize("case", rotate_cases.REAL.values(), ids=rotate_cases.REAL.keys())
