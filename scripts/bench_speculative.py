@@ -37,7 +37,7 @@ PUBLISHED = {
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Runs everything; returns what is written as JSON."""
+    """Runs everything; writes the result as it grows, and returns it."""
     result: dict[str, Any] = {"benchmark": "speculative", **circumstances(args)}
     how: dict[str, Any] = {"kernels": args.kernels}
     if args.random_weights is not None:
@@ -53,13 +53,11 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         times = [t for _ in range(3) for t in generate(lm, ids, tokens, max_len)[1:]]
         plain = statistics.median(times) / STEPS
         for name in lm.drafters:
-            widest = lm.decoder_for(name)
-            assert isinstance(widest, SpeculativeDecoder)
-            most = widest.drafter.tokens + 1
-            for width in range(2, most + 1):
-                decoder = lm.decoder_for(name, width)
-                assert isinstance(decoder, SpeculativeDecoder)
-                verify, draft = decoder.phase_seconds(ids, greedy, max_len)
+            decoder = lm.decoder_for(name)
+            assert isinstance(decoder, SpeculativeDecoder)
+            most = decoder.drafter.tokens + 1
+            times = decoder.phase_seconds(ids, greedy, max_len, range(2, most + 1))
+            for width, (verify, draft) in times.items():
                 row = {"drafter": name, "rows": rows, "width": width, "plain_s": plain}
                 row |= {"verify_s": verify, "draft_s": draft}
                 row["break_even"] = (verify + draft) / plain
@@ -68,6 +66,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
                         what: rows * n / (verify + draft) for what, n in PUBLISHED.items()
                     }
                 result["rows"].append(row)
+            write_result(result, args.out)
     return result
 
 
@@ -83,7 +82,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(argv)
     result = measure(args)
-    write_result(result, args.out)
     print(f"{args.model}, {result['layers']} layers, {result['device']}")
     print(tables.speculation(result))
 

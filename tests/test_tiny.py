@@ -67,8 +67,8 @@ def test_it_is_stored_as_the_releases_are():
 
 def test_it_has_drafters_and_is_small():
     lm = tiny()
-    assert lm.mtp is not None and len(lm.mtp.layers) == 3
-    assert lm.drafter is not None and lm.drafter.config.block_size == 8
+    assert lm.drafters == ("mtp", "dflash")
+    assert [lm._drafter(name).tokens for name in lm.drafters] == [3, 7]
     assert sum(f.stat().st_size for f in FOLDER.rglob("*") if f.is_file()) < 25e6
 
 

@@ -90,8 +90,9 @@ def _phases(
         return m.verify_s / rounds, m.draft_s / rounds
     tokens = [*output.prompt_token_ids, *output.token_ids]
     # A round may be wider than there is text.
-    tokens = [tokens[0]] * (decoder.width + 1 - len(tokens)) + tokens
-    return decoder.phase_seconds([tokens], params, 256 + len(tokens) // 256 * 256)
+    tokens = [tokens[0]] * (decoder.drafter.tokens + 2 - len(tokens)) + tokens
+    max_len, width = 256 + len(tokens) // 256 * 256, decoder.width
+    return decoder.phase_seconds([tokens], params, max_len, [width])[width]
 
 
 def _timed(

@@ -174,7 +174,7 @@ class Decoder:
         self._prefill = jax.jit(self._prefill_step, static_argnames=static, donate_argnames="cache")
         self._decode = jax.jit(
             self._decode_steps,
-            static_argnames=(*self._dispatch(), *static),
+            static_argnames=(*self._options(), *static),
             donate_argnames="state",
         )
 
@@ -182,7 +182,7 @@ class Decoder:
         """What the programs are given, flattened."""
         return model
 
-    def _dispatch(self) -> dict[str, Any]:
+    def _options(self) -> dict[str, Any]:
         """The static arguments of the next dispatch of steps."""
         return {"steps": STEPS}
 
@@ -191,7 +191,10 @@ class Decoder:
         return init_cache(self.config, rows, cache_len, placement=self.placement)
 
     def _learn(self, block: Block, seconds: float | None) -> Block:
-        """Looks at what a dispatch has produced, in how many seconds if nothing was compiled."""
+        """Looks at what a dispatch has produced, in how many seconds if nothing was compiled.
+
+        The seconds are those until the host asked for it, if that was later.
+        """
         return block
 
     def blocks(
@@ -206,7 +209,8 @@ class Decoder:
         """Generates for a batch of prompts, a block of tokens at a time.
 
         The first block has each row's first token.  Rows end at an end-of-sequence token or after
-        max_tokens; the caller may end one sooner by adding its index to `stopped`.
+        max_tokens; the caller may end one sooner by adding its index to `stopped`.  While the
+        caller looks at a block the device is at the next one.
 
         Args:
           prompts: token ids of each row, at least one.
@@ -221,30 +225,48 @@ class Decoder:
         stopped = set() if stopped is None else stopped
         real = len(prompts)
         run, seen = self._start(prompts, params, seeds, max_len)
-        started = None
         try:
-            while True:
+            got = jax.device_get(seen)
+            yield Block.of(got).first(real)
+            under_way = self._dispatch(run, got, stopped)
+            while under_way is not None:
+                seen, started = under_way
                 got = jax.device_get(seen)
-                block = self._learn(Block.of(got), started and time.perf_counter() - started)
+                seconds = started and time.perf_counter() - started
+                block = self._learn(Block.of(got), seconds)
+                # Before the host does anything with the tokens: the device shall not wait for it.
+                under_way = self._dispatch(run, got, stopped)
+                seen = seen if under_way is None else under_way[0]
                 yield block.first(real)
-                active = np.array(got.remaining)
-                active[list(stopped)] = 0
-                if not active.any():
+                if stopped.issuperset(np.flatnonzero(got.remaining).tolist()):
                     return
-                if (active != got.remaining).any():
-                    run.state = dataclasses.replace(run.state, remaining=self.put(active))
-                options = {"top_logprobs": run.top_logprobs, **self._dispatch()}
-                program = (*run.shape, *options.values())
-                # The first time would be that of compiling it.
-                started = time.perf_counter() if program in self._ran else None
-                self._ran.add(program)
-                with self._on_mesh():
-                    run.state, seen = self._decode(
-                        run.leaves, run.state, run.rows, run.ignore_eos, **options
-                    )
         finally:
             # After Ctrl-C steps may be under way; a process that ends meanwhile is aborted.
             jax.block_until_ready(seen)
+
+    def _dispatch(
+        self, run: _Run, got: Seen, stopped: set[int]
+    ) -> tuple[Seen, float | None] | None:
+        """Sends the device further steps of a batch, unless all of its rows are done.
+
+        Returns:
+          What they will produce, and when they were sent; no time if they are compiled first.
+        """
+        active = np.array(got.remaining)
+        active[list(stopped)] = 0
+        if not active.any():
+            return None
+        if (active != got.remaining).any():
+            run.state = dataclasses.replace(run.state, remaining=self.put(active))
+        options = {"top_logprobs": run.top_logprobs, **self._options()}
+        program = (*run.shape, *options.values())
+        started = time.perf_counter() if program in self._ran else None
+        self._ran.add(program)
+        with self._on_mesh():
+            run.state, seen = self._decode(
+                run.leaves, run.state, run.rows, run.ignore_eos, **options
+            )
+        return seen, started
 
     def _start(
         self,
@@ -304,7 +326,7 @@ class Decoder:
             prefill = self._prefill.trace(self._leaves, ids, ids, cache, *by_row, top_logprobs=None)
             state = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), prefill.out_info)
             decode = self._decode.lower(
-                self._leaves, state[0], *by_row[:2], top_logprobs=None, **self._dispatch()
+                self._leaves, state[0], *by_row[:2], top_logprobs=None, **self._options()
             )
             return prefill.lower(), decode
 

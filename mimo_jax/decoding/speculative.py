@@ -108,7 +108,7 @@ class SpeculativeDecoder(Decoder):
     def _modules(self, model: MiMo) -> Any:
         return model, self.drafter.module
 
-    def _dispatch(self) -> dict[str, Any]:
+    def _options(self) -> dict[str, Any]:
         return {"rounds": ROUNDS, "width": self.width}
 
     def _learn(self, block: Block, seconds: float | None) -> Block:
@@ -118,6 +118,8 @@ class SpeculativeDecoder(Decoder):
         if self._adapts:
             policy = self._adaptive[self._rows]
             each = None if seconds is None else seconds / ROUNDS
+            if each is not None and block.phases is not None:
+                each = float(block.phases.sum(axis=2).mean())
             policy.learn(np.asarray(block.lengths), self.width, each)
             self.width = policy.choose()
         return block
@@ -231,8 +233,12 @@ class SpeculativeDecoder(Decoder):
         return after, Rows(positions, hidden, taps, drawn, last), (made, logprobs, count)
 
     def phase_seconds(
-        self, sequences: Sequence[Sequence[int]], params: SamplingParams, max_len: int
-    ) -> tuple[float, float]:
+        self,
+        sequences: Sequence[Sequence[int]],
+        params: SamplingParams,
+        max_len: int,
+        widths: Sequence[int],
+    ) -> dict[int, tuple[float, float]]:
         """Seconds of a round's verification and of its drafting, each in a program of its own.
 
         The round verifies the last tokens of each sequence, as if they had been proposed: a mixture
@@ -242,21 +248,23 @@ class SpeculativeDecoder(Decoder):
           sequences: token ids, each longer than a round is wide.
           params: how all of them are sampled.
           max_len: positions of the cache.
+          widths: of the rounds.
+
+        Returns:
+          By width, the seconds of both.
         """
-        width = self.width
+        most = 1 + self.drafter.tokens
         endless = dataclasses.replace(params, max_tokens=max_len, ignore_eos=True, logprobs=None)
         each, seeds = [endless] * len(sequences), list(range(len(sequences)))
-        run, _ = self._start([s[:-width] for s in sequences], each, seeds, max_len)
-        proposed = [[*s[1 - width :], *[0] * (1 + self.drafter.tokens - width)] for s in sequences]
-        given = [s[-width] for s in sequences], proposed
+        run, _ = self._start([s[:-most] for s in sequences], each, seeds, max_len)
         rows = run.shape[0]
-        tokens, drafts = self.put(
-            tuple(np.resize(np.asarray(a, np.int32), (rows, *np.shape(a)[1:])) for a in given)
-        )
+        newest = np.resize(np.asarray([s[-most] for s in sequences], np.int32), rows)
+        proposed = np.asarray([s[1 - most :] for s in sequences], np.int32)
+        tokens, drafts = self.put((newest, np.resize(proposed, (rows, most - 1))))
         start = dataclasses.replace(run.state, tokens=tokens, drafts=(drafts, run.state.drafts[1]))
 
-        @jax.jit
-        def verify(leaves: list[Any], start: DecodeState) -> tuple[KVCache, Rows]:
+        @functools.partial(jax.jit, static_argnames="width")
+        def verify(leaves: list[Any], start: DecodeState, width: int) -> tuple[KVCache, Rows]:
             model, _ = jax.tree.unflatten(self._treedef, leaves)
 
             def one(cache: KVCache) -> tuple[KVCache, Rows]:
@@ -276,12 +284,14 @@ class SpeculativeDecoder(Decoder):
 
             return jax.lax.fori_loop(0, ROUNDS, one, drafts)
 
+        seconds = {}
         with self._on_mesh():
-            _, made = verify(run.leaves, start)
-            return (
-                _seconds(lambda: verify(run.leaves, start)) / ROUNDS,
-                _seconds(lambda: draft(run.leaves, start.drafts, made)) / ROUNDS,
-            )
+            for width in widths:
+                verifying = functools.partial(verify, run.leaves, start, width)
+                made = verifying()[1]
+                drafting = functools.partial(draft, run.leaves, start.drafts, made)
+                seconds[width] = (_seconds(verifying) / ROUNDS, _seconds(drafting) / ROUNDS)
+        return seconds
 
     def _choose(
         self, rows: RowParams, logits: Float[Array, "B n V"], positions: Int32[Array, "B n"]
