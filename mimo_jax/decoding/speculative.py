@@ -267,12 +267,13 @@ class SpeculativeDecoder(Decoder):
         def verify(leaves: list[Any], start: DecodeState, width: int) -> tuple[KVCache, Rows]:
             model, _ = jax.tree.unflatten(self._treedef, leaves)
 
-            def one(cache: KVCache) -> tuple[KVCache, Rows]:
+            def one(cache: KVCache, _: None) -> tuple[KVCache, Rows]:
                 state = dataclasses.replace(start, cache=cache)
                 state, made, _ = self._verify(model, run.rows, run.ignore_eos, None, width, state)
                 return state.cache, made
 
-            return jax.lax.fori_loop(1, ROUNDS, lambda _, c: one(c[0]), one(start.cache))
+            cache, made = jax.lax.scan(one, start.cache, length=ROUNDS)
+            return cache, jax.tree.map(lambda a: a[-1], made)
 
         @jax.jit
         def draft(leaves: list[Any], drafts: Any, made: Rows) -> Any:

@@ -186,6 +186,17 @@ def test_no_logprobs_unless_asked_for():
     assert all(block.logprobs is None for block in blocks([prompt(7)]))
 
 
+def test_nothing_more_runs_when_the_caller_has_ended_all_rows():
+    stopped: set[int] = set()
+    params = dataclasses.replace(GREEDY, max_tokens=9 * STEPS)
+    seen = 0
+    for i, _ in enumerate(decoder().blocks([prompt(7)], [params], [0], stopped=stopped)):
+        seen += 1
+        if i == 2:
+            stopped.add(0)
+    assert seen == 3
+
+
 def test_the_caller_can_end_a_row():
     stopped: set[int] = set()
     params = dataclasses.replace(GREEDY, max_tokens=3 * STEPS)
@@ -198,9 +209,10 @@ def test_the_caller_can_end_a_row():
         if i == 1:
             stopped.update((0, 2))
     assert [f.shape for f in found] == [(3, 1), (3, STEPS), (3, STEPS), (3, STEPS)]
-    after = np.concatenate(found[2:], axis=1)
-    assert (after[[0, 2]] == -1).all()
-    assert (after[1] >= 0).sum() == 2 * STEPS - 1
+    # The block after the one that the caller saw was under way already.
+    assert (found[2][[0, 2]] >= 0).all()
+    assert (found[3][[0, 2]] == -1).all()
+    assert (found[3][1] >= 0).sum() == STEPS - 1
     assert np.concatenate(found, axis=1)[1, : GREEDY.max_tokens].tolist() == ragged()[1]
 
 
