@@ -295,6 +295,7 @@ def evaluate(args: argparse.Namespace) -> None:
 def _circumstances(args: argparse.Namespace) -> dict[str, Any]:
     """What a result was made with; files by their names alone."""
     plain = {k: v.name if isinstance(v, Path) else v for k, v in vars(args).items()}
+    plain["model"] = Path(args.model).name
     return circumstances(argparse.Namespace(**plain))
 
 
