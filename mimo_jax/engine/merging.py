@@ -123,4 +123,6 @@ def _merged_manifest(parts: Sequence[Path]) -> dict | None:
     if shards != [None] and sorted(map(str, shards)) != sorted(all_shards):
         have = ", ".join("the whole input" if s is None else str(s) for s in shards)
         raise ResultsError(f"the parts are {have}; give every shard of one run once")
-    return {**(first or {}), "shard": None}
+    forced = [problem for manifest in manifests for problem in (manifest or {}).get("forced", [])]
+    merged = {**(first or {}), "shard": None}
+    return {**merged, "forced": forced} if forced else merged

@@ -56,8 +56,11 @@ _LABELS = ("model", "user", "safety_identifier", "prompt_cache_key")
 _LIMITS = ("max_completion_tokens", "logprobs", "top_logprobs", "best_of")
 _KNOWN = (*_SAMPLING, *_NEUTRAL, *_LABELS, *_LIMITS, "messages", "prompt")
 
-_ROLES = ("system", "user", "assistant")
-_MESSAGE_FIELDS = ("role", "content", "reasoning_content")
+_MESSAGE_FIELDS = {
+    "system": ("role", "content"),
+    "user": ("role", "content"),
+    "assistant": ("role", "content", "reasoning_content"),
+}
 _EMPTY_MESSAGE_FIELDS = ("name", "refusal", "audio", "function_call", "tool_calls", "tool_call_id")
 
 
@@ -136,10 +139,9 @@ def _chat_prompt(body: dict[str, Any]) -> tuple[str, Any]:
 
 def _check_message(i: int, message: dict[str, Any]) -> None:
     role, content = message.get("role"), message.get("content")
-    if role not in _ROLES:
+    if not isinstance(role, str) or role not in _MESSAGE_FIELDS:
         raise ValueError(
-            f"the role of message {i} is {shown(role)}; it must be {', '.join(_ROLES[:-1])} or "
-            f"{_ROLES[-1]}"
+            f"the role of message {i} is {shown(role)}; it must be {' or '.join(_MESSAGE_FIELDS)}"
         )
     if not isinstance(content, str | list):
         raise ValueError(
@@ -148,9 +150,10 @@ def _check_message(i: int, message: dict[str, Any]) -> None:
     for name, value in message.items():
         if name in _EMPTY_MESSAGE_FIELDS and value in (None, []):
             continue
-        if name not in _MESSAGE_FIELDS:
+        if name not in _MESSAGE_FIELDS[role]:
             raise ValueError(
-                f"message {i} has {shown(name)}, which this engine doesn't support: leave it out"
+                f"message {i}, of the {role}, has {shown(name)}, which this engine doesn't "
+                "support: leave it out"
             )
     if not isinstance(message.get("reasoning_content"), str | None):
         raise ValueError(f"the reasoning_content of message {i} must be a string")

@@ -12,6 +12,8 @@ _EXPECTED = {
     "token_ids": "a list of integers",
 }
 MAX_TOKEN_ID = 2**31 - 1
+# What chat templates know of; the rest they would drop without a word.
+MESSAGE_FIELDS = ("role", "content", "reasoning_content", "tool_calls", "tool_call_id", "name")
 
 
 def check_prompt(field: str, value: Any) -> Any:
@@ -24,7 +26,8 @@ def check_prompt(field: str, value: Any) -> Any:
       value: from JSON.
 
     Raises:
-      ValueError: it is empty, of another type, or has parts that are no text.
+      ValueError: it is empty, of another type, or has messages with unknown fields or with parts
+        that are no text.
     """
     if field == "prompt":
         right = isinstance(value, str)
@@ -42,6 +45,12 @@ def check_prompt(field: str, value: Any) -> Any:
 
 
 def _joined(message: dict[str, Any], i: int) -> dict[str, Any]:
+    unknown = [name for name in message if name not in MESSAGE_FIELDS]
+    if unknown:
+        raise ValueError(
+            f"message {i} has the unknown field {shown(unknown[0])}; known are "
+            f"{', '.join(MESSAGE_FIELDS)}"
+        )
     content = message.get("content")
     if not isinstance(content, list):
         return message

@@ -26,6 +26,7 @@ _LINE_NUMBER = re.compile(rb'\{"line": ([0-9]+)[,}]')
 _ADVICE = {
     errno.ENOSPC: "make room on the disk",
     errno.EDQUOT: "make room within your quota",
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f)",
     errno.EROFS: "mount the file system for writing",
     errno.EIO: "check the disk",
 }
@@ -160,7 +161,8 @@ class Results:
         """Checks that what is completed is what is asked for, and forgets errors that are not.
 
         A line that had an error and was changed since has no record afterwards, so that it is tried
-        again; one that is the same keeps its error.
+        again; one that is the same keeps its error.  Completions of lines that the input has no
+        longer stay.
 
         Args:
           requests, failures: what the input has now.

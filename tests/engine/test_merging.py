@@ -47,9 +47,22 @@ def test_empty_lines_of_the_input_are_no_gaps_where_manifests_count(tmp_path):
     assert merge([b, a], out) == 3
     manifest = read_manifest(out)
     assert manifest is not None
+    assert "forced" not in manifest
     assert manifest["shard"] is None
     assert manifest["input"] == {"sha256": "abc", "lines": 3}
     assert merge([out], tmp_path / "again.jsonl") == 3
+
+
+def test_what_was_forced_is_not_forgotten(tmp_path):
+    parts = [part(tmp_path, f"{i}.jsonl", done(i), shard=Shard(i, 2), lines=2) for i in (1, 2)]
+    for i, path in enumerate(parts):
+        manifest = read_manifest(path)
+        assert manifest is not None
+        write_manifest(path, {**manifest, "forced": [f"seed: {i} -> 9"]})
+    merge(parts, tmp_path / "out.jsonl")
+    manifest = read_manifest(tmp_path / "out.jsonl")
+    assert manifest is not None
+    assert manifest["forced"] == ["seed: 0 -> 9", "seed: 1 -> 9"]
 
 
 @pytest.mark.parametrize(

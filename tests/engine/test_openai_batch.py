@@ -81,9 +81,14 @@ def test_neutral_values_are_accepted(tmp_path):
         (chat(messages=[]), "messages is []"),
         (chat(messages="hi"), 'messages is "hi"'),
         (chat(messages=[{"role": "tool", "content": "x"}]), 'role of message 0 is "tool"'),
+        (chat(messages=[{"role": ["user"], "content": "x"}]), "role of message 0 is ["),
+        (
+            chat(messages=[{"role": "user", "content": "x", "reasoning_content": "y"}]),
+            'has "reasoning_content"',
+        ),
         (chat(messages=[{"content": "x"}]), "role of message 0 is null"),
         (chat(messages=[{"role": "user"}]), "content of message 0 is null"),
-        (chat(messages=[{"role": "user", "content": "x", "name": "y"}]), 'message 0 has "name"'),
+        (chat(messages=[{"role": "user", "content": "x", "name": "y"}]), 'of the user, has "name"'),
         (
             chat(messages=[{"role": "user", "content": [{"type": "image_url"}]}]),
             "parts must be text",

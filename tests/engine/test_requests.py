@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import io
 import sys
+import tracemalloc
 from pathlib import Path
 
 import hypothesis.strategies as st
@@ -24,7 +25,10 @@ DIGITS = 400 * "9"
         ("{", "not JSON: Expecting property name"),
         ("[1]", "a line is a JSON object; found list"),
         (200_000 * "[", "nested deeper than 32 levels"),
-        ('{"messages": [{"x": ' + 40 * "[" + 40 * "]" + "}]}", "nested deeper than 32 levels"),
+        (
+            '{"messages": [{"content": ' + 40 * "[" + 40 * "]" + "}]}",
+            "nested deeper than 32 levels",
+        ),
         ({"promt": "x"}, "one of prompt, messages, token_ids; found none of them, but promt"),
         ({}, "found none of them, but nothing"),
         ({"prompt": "x", "token_ids": [1]}, "found prompt and token_ids"),
@@ -37,6 +41,7 @@ DIGITS = 400 * "9"
         ({"messages": []}, "messages is []; it must be a list of chat messages"),
         ({"messages": ["hi"]}, "it must be a list of chat messages"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "must be text"),
+        ({"messages": [{"role": "user", "contents": "x"}]}, 'the unknown field "contents"'),
         ({"token_ids": [1, True]}, "it must be a list of integers"),
         ({"token_ids": "12"}, "it must be a list of integers"),
         ({"token_ids": [1, -1]}, "token_ids has -1; ids are from 0"),
@@ -215,6 +220,17 @@ def test_a_line_that_is_too_long_is_passed_over(tmp_path):
     assert [f.line for f in found.failures] == [2, 4]
     assert "has 3000014 bytes; it may have 2000000" in found.failures[0].message
     assert len(read_requests(path, {}, 0).requests) == 4
+
+
+def test_a_line_without_end_is_not_held(tmp_path):
+    path = tmp_path / "in.jsonl.gz"
+    path.write_bytes(gzip.compress(b'{"prompt": "a"}\n' + bytes(100_000_000), 1))
+    tracemalloc.start()
+    found = read_requests(path, {}, 0, max_line=1_000_000)
+    assert tracemalloc.get_traced_memory()[1] < 20_000_000
+    tracemalloc.stop()
+    assert [r.line for r in found.requests] == [1]
+    assert "has 100000000 bytes" in found.failures[0].message
 
 
 def test_what_can_not_be_read(tmp_path):

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import random
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -167,6 +168,21 @@ def test_of_several_lines_the_whole_ones_stay(tmp_path, monkeypatch):
         assert list(results.entries) == [1, 2]
     assert lines_of(path) == [1, 2]
     assert path.stat().st_size == 2 * size
+
+
+def test_a_limit_of_the_system_is_met_with_whole_lines(tmp_path):
+    path = tmp_path / "out.jsonl"
+    size = len(filled(path, done(1)))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with Results(path) as results:
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size * 7 // 2, before[1]))
+            with pytest.raises(ResultsError, match=r"the 3 lines in it are safe: .*ulimit -f"):
+                results.append(*(done(i) for i in range(2, 9)))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert lines_of(path) == [1, 2, 3]
+    assert path.stat().st_size == 3 * size
 
 
 def test_ctrl_c_while_writing_leaves_whole_lines(tmp_path, monkeypatch):
