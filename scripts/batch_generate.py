@@ -3,7 +3,8 @@
     python scripts/batch_generate.py IN.jsonl OUT.jsonl --model mimo-tiny
 
 An input line has one of "prompt" (text), "messages" (chat) and "token_ids"; "id", if its number
-should not be its name; and any field of `SamplingParams`, in place of the command's options.  Each
+should not be its name; and any field of `SamplingParams`, in place of the command's options.  Or it
+is a line of OpenAI's batch API.  IN may be compressed with gzip, and - is the standard input.  Each
 makes a line of output: a completion, or an "error", which stops none of the others.  A batch's
 lines are on the disk before the next batch begins.  The same command again continues an interrupted
 run and writes what the uninterrupted one would have.
@@ -15,6 +16,7 @@ Exit codes: 0 all lines are completed, 1 some have errors or the run had to stop
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import time
 from collections.abc import Sequence
@@ -28,8 +30,10 @@ from rich.table import Table
 
 import mimo_jax as mj
 from mimo_jax.cli import FAILED, INTERRUPTED, USAGE, options, printable
-from mimo_jax.engine.jsonl import Failure, Request, Results, ResultsError, read_requests
 from mimo_jax.engine.metrics import CompileClock
+from mimo_jax.engine.records import completion_record, first_choice, record_id
+from mimo_jax.engine.requests import Failure, Request, read_requests
+from mimo_jax.engine.results import Results, ResultsError
 
 
 @dataclasses.dataclass
@@ -48,6 +52,7 @@ def run_batches(
     lm: mj.LanguageModel,
     requests: Sequence[Request],
     results: Results,
+    model: str,
     batch_size: int,
     how: dict[str, Any],
     totals: Totals,
@@ -59,12 +64,13 @@ def run_batches(
       lm: the model.
       requests: all there are.
       results: those that are done, and where others go.
+      model: its name in results of OpenAI's form.
       batch_size: completions decoded together.
       how: `speculative` and `draft_width` of `LanguageModel.generate`.
       totals: what the run did so far.
       err: where to say how far it is.
     """
-    done = results.completed.keys()
+    token_text = None if lm.tokenizer is None else lm.tokenizer.decode
     for begin in range(0, len(requests), batch_size):
         batch = requests[begin : begin + batch_size]
         prompts: dict[str, list[int]] = {}
@@ -72,13 +78,13 @@ def run_batches(
             try:
                 prompts[request.id] = _encode(lm, request)
             except (ValueError, TypeError) as error:
-                failure = Failure(request.line, request.id, "invalid_prompt", str(error))
-                results.add_failures([failure])
-        if prompts.keys() <= done:
+                results.add_failures([Failure.of(request, "invalid_prompt", str(error))])
+        runnable = [request for request in batch if request.id in prompts]
+        waiting = {request.id for request in results.pending(runnable)}
+        if not waiting:
             continue
         # If one is missing all run again: a batch of other shape would round differently, and the
         # results could then depend on where a run was interrupted.
-        runnable = [request for request in batch if request.id in prompts]
         started = time.perf_counter()
         with CompileClock() as clock:
             outputs = lm.generate(
@@ -90,8 +96,8 @@ def run_batches(
             totals.prompt_tokens += output.metrics.prompt_tokens
             totals.generated_tokens += output.metrics.generated_tokens
             totals.lengths += output.metrics.acceptance_lengths
-            if request.id not in done:
-                results.append(_result(request, output))
+            if request.id in waiting:
+                results.append(completion_record(request, output, model, token_text))
                 totals.completed += 1
         err.print(f"{begin + len(batch)} of {len(requests)} requests done")
 
@@ -107,22 +113,6 @@ def _encode(lm: mj.LanguageModel, request: Request) -> list[int]:
     return ids
 
 
-def _result(request: Request, output: mj.GenerationOutput) -> dict[str, Any]:
-    m = output.metrics
-    result = {
-        **request.echo(),
-        "text": output.text,
-        "finish_reason": output.finish_reason,
-        "usage": {"prompt_tokens": m.prompt_tokens, "completion_tokens": m.generated_tokens},
-        "metrics": {"ttft_s": round(m.ttft_s, 6), "tpot_s": round(m.tpot_s, 6)},
-    }
-    if m.acceptance_lengths:
-        result["metrics"]["tokens_per_round"] = round(m.tokens_per_round, 4)
-    if request.params.n > 1 or request.params.logprobs is not None:
-        result["completions"] = [dataclasses.asdict(c) for c in output.completions]
-    return result
-
-
 def print_summary(results: Results, totals: Totals, preview: int) -> None:
     """Prints what the run did, and the first completions of the file."""
     out = Console(highlight=False, markup=False)
@@ -130,7 +120,7 @@ def print_summary(results: Results, totals: Totals, preview: int) -> None:
     table = Table("this run", "")
     table.columns[1].justify = "right"
     table.add_row("requests completed", str(totals.completed))
-    table.add_row("lines with errors", str(len(results.failed)))
+    table.add_row("lines with errors", str(results.failed))
     table.add_row("prompt tokens", str(totals.prompt_tokens))
     table.add_row("generated tokens", str(totals.generated_tokens))
     table.add_row("seconds compiling", f"{totals.compiling:.2f}")
@@ -141,11 +131,13 @@ def print_summary(results: Results, totals: Totals, preview: int) -> None:
         mean = sum(totals.lengths) / len(totals.lengths)
         table.add_row("tokens a round of speculation", f"{mean:.2f}")
     out.print(table)
-    for record in [*results.completed.values()][:preview]:
-        prompt = record.get("prompt") or json.dumps(record.get("messages") or record["token_ids"])
-        reason = record["finish_reason"]
-        for title, text in (("prompt", prompt), (f"completion ({reason})", record["text"])):
-            heading = printable(f"{record['id']}: {title}")
+    for record in itertools.islice(results.completions(), preview):
+        text, reason = first_choice(record)
+        prompt = record.get("prompt") or json.dumps(record.get("messages", record.get("token_ids")))
+        shown = [(f"completion ({reason})", text)]
+        # OpenAI's form has no place for the prompt.
+        for title, text in [("prompt", prompt)] * ("params" in record) + shown:
+            heading = printable(f"{record_id(record)}: {title}")
             out.print(Rule(heading, align="left", characters="-"))
             out.out(printable(text).rstrip("\n"), highlight=False)
 
@@ -181,25 +173,28 @@ def main(
     try:
         mj.SamplingParams.from_dict(defaults)
         how = {"speculative": speculative, "draft_width": options.draft_width(draft_width)}
-        requests, failures = read_requests(in_path, defaults, seed)
+        source = read_requests(in_path, defaults, seed)
         results = Results(out_path)
-        results.check_unchanged(requests)
-        if results.records:
-            err.print(f"{out_path} has {len(results.records)} lines already: going on")
-        results.add_failures(failures)
-        if not {request.id for request in requests} <= results.completed.keys():
+        results.match(source.requests, source.failures)
+        if len(results):
+            err.print(f"{out_path} has {len(results)} lines already: going on")
+        results.add_failures(source.failures)
+        if results.pending(source.requests):
             lm = mj.load(model, mesh=mesh, rules=rules, kernels=kernels)
             lm.decoder_for(**how)  # refuses what the checkpoint has not, before anything runs
-            run_batches(lm, requests, results, batch_size, how, totals, err)
+            run_batches(lm, source.requests, results, model, batch_size, how, totals, err)
+        print_summary(results, totals, preview)
+        raise typer.Exit(FAILED if results.failed else 0)
     except KeyboardInterrupt:
-        safe = 0 if results is None else len(results.records)
+        safe = 0 if results is None else len(results)
         err.print(f"interrupted: {safe} lines are safe in {out_path}; run it again to go on")
         raise typer.Exit(INTERRUPTED) from None
     except (ResultsError, ValueError, OSError) as error:
         err.print(f"error: {printable(str(error))}")
         raise typer.Exit(FAILED if isinstance(error, ResultsError) else USAGE) from None
-    print_summary(results, totals, preview)
-    raise typer.Exit(FAILED if results.failed else 0)
+    finally:
+        if results is not None:
+            results.close()
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)

@@ -1,4 +1,4 @@
-"""Batch generation: bad lines, what is on the disk when, and going on after an interruption."""
+"""Batch generation: what is on the disk when, and going on after an interruption."""
 
 import errno
 import json
@@ -7,17 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import batch_generate
-import hypothesis.strategies as st
 import pytest
-from hypothesis import given
 from tiny import tiny
 from typer.testing import CliRunner
 
 import mimo_jax as mj
-from mimo_jax.engine import jsonl
-from mimo_jax.engine.jsonl import Failure, Request, Results, ResultsError, read_requests
-
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples" / "prompts.jsonl"
+from mimo_jax.engine import results
 
 # Three batches of two completions each, which share a compiled shape; bad lines stand in between.
 MIXED = [
@@ -48,10 +43,6 @@ def untimed(path: Path) -> list[dict[str, Any]]:
     return sorted(found, key=lambda record: record["line"])
 
 
-def read(tmp_path: Path, *lines: Any, **defaults: Any) -> tuple[list[Request], list[Failure]]:
-    return read_requests(write(tmp_path / "in.jsonl", list(lines)), defaults, 0)
-
-
 @pytest.fixture
 def generate(monkeypatch, tmp_path):
     """Runs the program on lines with mimo-tiny, and returns its result and the output file."""
@@ -64,170 +55,6 @@ def generate(monkeypatch, tmp_path):
         return CliRunner().invoke(batch_generate.app, args), out
 
     return run
-
-
-# What a line may be
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("{", "Expecting property name"),
-        ("[1]", "a line is a JSON object; found list"),
-        (200_000 * "[", "recursion"),
-        ({"promt": "x"}, "one of prompt, messages, token_ids; found none of them, but promt"),
-        ({}, "found none of them, but nothing"),
-        ({"prompt": "x", "token_ids": [1]}, "found prompt and token_ids"),
-        ({"prompt": ""}, "it must be a string, and not empty"),
-        ({"prompt": 3}, "prompt is 3; it must be a string"),
-        ({"prompt": "x", "id": 3}, "id is 3; it must be a non-empty string"),
-        ({"prompt": "x", "id": ""}, "it must be a non-empty string"),
-        ({"prompt": "\ud800"}, "surrogates not allowed"),
-        ({"messages": []}, "messages is []; it must be a list of chat messages"),
-        ({"messages": ["hi"]}, "it must be a list of chat messages"),
-        ({"token_ids": [1, True]}, "it must be a list of integers"),
-        ({"token_ids": "12"}, "it must be a list of integers"),
-        ({"prompt": "x", "temprature": 1}, "did you mean temperature?"),
-        ({"prompt": "x", "temperature": -1}, "temperature is -1; it must be"),
-        ({"prompt": "x", "top_p": float("nan")}, "top_p is nan; it must be"),
-        ({"prompt": "x", "n": 10**6}, "n is 1000000; in a batch it is at most 128"),
-        ({"prompt": "x", "logprobs": 21}, "logprobs is 21; in a batch it is at most 20"),
-    ],
-)
-def test_a_malformed_line_is_a_failure_and_spoils_no_other(tmp_path, line, message):
-    requests, failures = read(tmp_path, {"prompt": "a"}, line, "", {"prompt": "b"})
-    assert [(r.line, r.id) for r in requests] == [(1, "line-1"), (4, "line-4")]
-    assert [(f.line, f.type) for f in failures] == [(2, "invalid_request")]
-    assert message in failures[0].message
-
-
-def test_a_failure_has_the_id_if_that_can_be_read(tmp_path):
-    lines = {"id": "a", "prompt": ""}, {"prompt": ""}, {"id": 3, "prompt": "x"}, "{"
-    assert [f.id for f in read(tmp_path, *lines)[1]] == ["a", "line-2", None, None]
-
-
-def test_bytes_that_are_not_utf_8(tmp_path):
-    (tmp_path / "in.jsonl").write_bytes(b'\xef\xbb\xbf{"prompt": "a"}\r\n{"prompt": "\xff"}')
-    requests, failures = read_requests(tmp_path / "in.jsonl", {}, 0)
-    assert [r.prompt for r in requests] == ["a"]
-    assert [f.line for f in failures] == [2]
-
-
-@given(st.lists(st.binary(max_size=30).filter(lambda b: b"\n" not in b), max_size=5))
-def test_every_line_that_is_not_empty_has_one_outcome(tmp_path_factory, lines):
-    path = tmp_path_factory.mktemp("any") / "in.jsonl"
-    path.write_bytes(b"\n".join(lines))
-    requests, failures = read_requests(path, {}, 0)
-    outcomes = sorted([r.line for r in requests] + [f.line for f in failures])
-    content = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    assert outcomes == [i for i, line in enumerate(content, 1) if line.strip()]
-
-
-def test_a_later_line_with_the_same_id_is_a_failure(tmp_path):
-    lines = {"id": "line-3", "prompt": "a"}, {"id": "x", "prompt": "a"}, {"prompt": "b"}
-    requests, failures = read(tmp_path, *lines, {"id": "x", "prompt": "c"})
-    assert [r.id for r in requests] == ["line-3", "x"]
-    assert [(f.line, f.id) for f in failures] == [(3, "line-3"), (4, "x")]
-    assert "ids are unique" in failures[0].message
-
-
-def test_a_line_overrides_the_options(tmp_path):
-    lines = {"prompt": "a"}, {"prompt": "a", "temperature": 0, "stop": "x", "max_tokens": None}
-    requests, _ = read(tmp_path, *lines, temperature=0.5, max_tokens=7, top_p=None)
-    first, second = (r.params for r in requests)
-    assert (first.temperature, first.max_tokens, first.stop, first.top_p) == (0.5, 7, (), 1.0)
-    assert (second.temperature, second.stop) == (0.0, ("x",))
-    assert second.max_tokens == mj.SamplingParams().max_tokens  # null is SamplingParams' default
-
-
-def test_a_seed_depends_on_the_id_and_the_option_only(tmp_path):
-    one, two = {"id": "one", "prompt": "a"}, {"id": "two", "prompt": "a"}
-    seeds = {r.id: r.params.seed for r in read(tmp_path, one, two)[0]}
-    other_order = {r.id: r.params.seed for r in read(tmp_path, {"prompt": "b"}, two, one)[0]}
-    assert seeds["one"] != seeds["two"]
-    assert {k: other_order[k] for k in seeds} == seeds
-    with_option = read_requests(write(tmp_path / "in.jsonl", [one]), {}, 1)[0]
-    assert with_option[0].params.seed != seeds["one"]
-    assert read(tmp_path, {"prompt": "a", "seed": 3})[0][0].params.seed == 3
-
-
-def test_the_examples_are_well_formed():
-    requests, failures = read_requests(EXAMPLES, {}, 0)
-    assert failures == []
-    assert len(requests) >= 12
-
-
-# The file of results
-
-
-def result(line: int) -> dict[str, Any]:
-    return {"line": line, "id": f"line-{line}", "text": "ä\n", "params": {}}
-
-
-def test_half_a_line_at_the_end_is_cut_off_wherever_it_was_cut(tmp_path):
-    path = tmp_path / "out.jsonl"
-    Results(path).append(result(1))
-    first = path.read_bytes()
-    results = Results(path)
-    results.append(result(2))
-    whole = path.read_bytes()
-    for end in range(len(first), len(whole)):
-        path.write_bytes(whole[:end])
-        assert Results(path).records == [result(1)]
-        assert path.read_bytes() == first
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        '{"prompt": "my input"}\n',
-        '{"line": 1, "id": "a", "text": ""}\n{"id": "b", "prompt": "x"}\n',
-        '{"id": "a", "prompt": "no line end"}',
-        "notes",
-        "\n",
-    ],
-)
-def test_another_kind_of_file_is_refused_and_left_alone(tmp_path, content):
-    path = tmp_path / "out.jsonl"
-    path.write_text(content)
-    with pytest.raises(ResultsError, match="is no result of a batch"):
-        Results(path)
-    assert path.read_text() == content
-
-
-@pytest.mark.parametrize("failing", ["write", "fsync"])
-def test_a_failed_write_leaves_whole_lines_and_says_so(tmp_path, monkeypatch, failing):
-    path = tmp_path / "out.jsonl"
-    results = Results(path)
-    results.append(result(1))
-    safe = path.read_bytes()
-    real_write, full = os.write, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    def write_some(file: int, data: bytes) -> int:
-        if len(data) < len(safe):  # the rest of what was written in part
-            raise full
-        return real_write(file, data[:7])
-
-    def fsync(file: int) -> None:
-        raise full
-
-    with monkeypatch.context() as patch:
-        patch.setattr(jsonl.os, failing, write_some if failing == "write" else fsync)
-        with pytest.raises(ResultsError, match=r"out.jsonl failed .*No space left.*the 1 lines"):
-            results.append(result(2))
-    assert path.read_bytes() == safe
-    results.append(result(3))
-    assert [r["line"] for r in Results(path).records] == [1, 3]
-
-
-def test_what_can_not_be_a_file_of_results(tmp_path):
-    with pytest.raises(ResultsError, match="is not a regular file"):
-        Results(tmp_path)
-    with pytest.raises(ResultsError, match="is not a regular file"):
-        Results(Path("/dev/full"))
-    (tmp_path / "file").touch()
-    with pytest.raises(ResultsError, match="can't be written"):
-        Results(tmp_path / "file" / "out.jsonl")
 
 
 # The program
@@ -335,7 +162,7 @@ def test_a_full_disk_stops_the_run_and_names_the_file(generate, monkeypatch):
         if len(calls) == 4:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(jsonl.os, "fsync", fsync)
+    monkeypatch.setattr(results.os, "fsync", fsync)
     done, out = generate(MIXED)
     assert done.exit_code == 1
     message = "".join(done.stderr.split("\n"))
@@ -355,12 +182,43 @@ def test_a_finished_run_loads_no_model(generate, monkeypatch):
     assert out.read_bytes() == content
 
 
+def test_lines_of_openai_s_batch_api(generate, monkeypatch):
+    def line(name: str, url: str, **body: Any) -> dict[str, Any]:
+        return {"custom_id": name, "method": "POST", "url": f"/v1/{url}", "body": body}
+
+    messages = [{"role": "user", "content": "hi"}]
+    lines = [
+        line("a", "chat/completions", messages=messages, logprobs=True, top_logprobs=2),
+        line("b", "completions", prompt="import os\n", temperature=0, logprobs=1),
+        line("c", "completions", prompt="x", suffix="y"),
+        line("d", "completions", prompt=3000 * "a b "),
+    ]
+    done, out = generate(lines)
+    assert done.exit_code == 1, done.stderr
+    assert "b: completion (" in done.stdout
+    found = {r["custom_id"]: r for r in records(out)}
+    assert [found[k]["error"] and found[k]["error"]["code"] for k in "abcd"] == [
+        *(None, None, "invalid_request", "invalid_prompt")
+    ]
+    chat, text = (found[k]["response"]["body"] for k in "ab")
+    assert chat["model"] == "mimo-tiny"
+    assert chat["choices"][0]["message"]["role"] == "assistant"
+    assert len(chat["choices"][0]["logprobs"]["content"][0]["top_logprobs"]) == 2
+    again = tiny().generate("import os\n", mj.SamplingParams(temperature=0.0, max_tokens=6))[0]
+    assert text["choices"][0]["text"] == again.text
+    assert "".join(text["choices"][0]["logprobs"]["tokens"]).startswith(again.text)
+    content = out.read_bytes()
+    monkeypatch.delattr(mj, "load")  # what failed isn't tried again
+    assert generate(lines)[0].exit_code == 1
+    assert out.read_bytes() == content
+
+
 def test_a_corrected_line_is_completed(generate):
     first, out = generate([{"prompt": "import os\n"}, {"prompt": 3}])
     assert first.exit_code == 1
     again, _ = generate([{"prompt": "import os\n"}, {"prompt": "import re\n"}])
     assert again.exit_code == 0, again.stderr
-    assert [(r["line"], "text" in r) for r in records(out)] == [(2, False), (1, True), (2, True)]
+    assert [(r["line"], "text" in r) for r in records(out)] == [(1, True), (2, True)]
 
 
 def test_going_on_with_other_settings_is_refused(generate):
@@ -369,9 +227,9 @@ def test_going_on_with_other_settings_is_refused(generate):
     content = out.read_bytes()
     other, _ = generate(lines, "--temperature", "0.5")
     assert other.exit_code == 1
-    assert "has 'a' with other params than asked for now" in other.stderr
+    assert "'a' with other params than asked for now" in other.stderr
     changed, _ = generate([{"id": "a", "prompt": "import re\n"}])
-    assert "has 'a' with other prompt" in changed.stderr
+    assert "'a' with other prompt" in changed.stderr
     assert out.read_bytes() == content
 
 

@@ -110,7 +110,10 @@ class SamplingParams:
 
 def _number(name: str, value: Any, high: float, excluded: float | None = None) -> float:
     numeric = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    number = float(value) if numeric else math.nan
+    try:
+        number = float(value) if numeric else math.nan
+    except OverflowError:  # an integer beyond all floats
+        number = math.inf
     if not 0 <= number <= high or number == excluded:
         but = "" if excluded is None else f", but not {excluded:g}"
         raise ValueError(f"{name} is {value!r}; it must be a number from 0 to {high:g}{but}")
