@@ -3,6 +3,8 @@
 import errno
 import json
 import os
+import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,9 @@ from tiny import tiny
 from typer.testing import CliRunner
 
 import mimo_jax as mj
+from mimo_jax import cli
 from mimo_jax.engine import results
+from mimo_jax.engine.manifest import manifest_path
 
 # Three batches of two completions each, which share a compiled shape; bad lines stand in between.
 MIXED = [
@@ -124,6 +128,7 @@ def test_the_summary(uninterrupted):
 def test_a_torn_file_is_continued_to_what_the_uninterrupted_run_wrote(generate, uninterrupted):
     expected = uninterrupted[0].read_bytes()
     _, out = generate([])
+    shutil.copy(manifest_path(uninterrupted[0]), manifest_path(out))
     lines = expected.splitlines(keepends=True)
     for keep in (2, len(lines) - 1):  # in the first batch, and in the last line
         part = b"".join(lines[:keep]) + lines[keep][: len(lines[keep]) // 2]
@@ -154,12 +159,42 @@ def test_ctrl_c_keeps_finished_batches(generate, monkeypatch, uninterrupted):
     assert untimed(out) == untimed(uninterrupted[0])
 
 
+def test_sigterm_stops_as_ctrl_c_does(generate, monkeypatch):
+    monkeypatch.setattr(
+        tiny(), "generate", lambda *args, **options: signal.raise_signal(signal.SIGTERM)
+    )
+    done, out = generate(MIXED)
+    assert done.exit_code == 130
+    assert "interrupted: 2 lines are safe" in done.stderr
+    assert len(records(out)) == 2
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_shards_are_merged_into_what_one_run_writes(generate, tmp_path, uninterrupted):
+    parts = []
+    for i in (1, 2, 3):
+        done, out = generate(MIXED, "--shard", f"{i}/3")
+        assert done.exit_code in (0, 1), done.stderr
+        for file in (out, manifest_path(out)):
+            file.rename(out.with_name(file.name.replace("out", f"part{i}")))
+        parts.append(str(out.with_name(f"part{i}.jsonl")))
+    whole = tmp_path / "whole.jsonl"
+    done = CliRunner().invoke(cli.app, ["merge", *parts, "--out", str(whole)])
+    assert done.exit_code == 0, done.stderr
+    assert [r["line"] for r in records(whole)] == list(range(1, 9))
+    # Batches of other lines round differently, so only what was asked for is the same.
+    asked = [{k: r[k] for k in ("id", "fingerprint")} for r in untimed(uninterrupted[0])]
+    assert [{k: r[k] for k in ("id", "fingerprint")} for r in records(whole)] == asked
+    again = CliRunner().invoke(cli.app, ["merge", *parts, "--out", str(whole)])
+    assert again.exit_code == 1
+    assert "is there already" in again.stderr
+
+
 def test_a_full_disk_stops_the_run_and_names_the_file(generate, monkeypatch):
-    calls = []
+    _, out = generate([])
 
     def fsync(file: int) -> None:
-        calls.append(file)
-        if len(calls) == 4:
+        if out.exists() and len(records(out)) > 3:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(results.os, "fsync", fsync)
@@ -216,7 +251,11 @@ def test_lines_of_openai_s_batch_api(generate, monkeypatch):
 def test_a_corrected_line_is_completed(generate):
     first, out = generate([{"prompt": "import os\n"}, {"prompt": 3}])
     assert first.exit_code == 1
-    again, _ = generate([{"prompt": "import os\n"}, {"prompt": "import re\n"}])
+    corrected = [{"prompt": "import os\n"}, {"prompt": "import re\n"}]
+    refused, _ = generate(corrected)
+    assert refused.exit_code == 1
+    assert "input.sha256" in refused.stderr
+    again, _ = generate(corrected, "--force")
     assert again.exit_code == 0, again.stderr
     assert [(r["line"], "text" in r) for r in records(out)] == [(1, True), (2, True)]
 
@@ -227,8 +266,9 @@ def test_going_on_with_other_settings_is_refused(generate):
     content = out.read_bytes()
     other, _ = generate(lines, "--temperature", "0.5")
     assert other.exit_code == 1
-    assert "'a' with other params than asked for now" in other.stderr
-    changed, _ = generate([{"id": "a", "prompt": "import re\n"}])
+    assert "sampling.temperature: (nothing) -> 0.5" in other.stderr
+    changed, _ = generate([{"id": "a", "prompt": "import re\n"}], "--force")
+    assert changed.exit_code == 1
     assert "'a' with other prompt" in changed.stderr
     assert out.read_bytes() == content
 

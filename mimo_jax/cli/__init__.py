@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 import mimo_jax
+from mimo_jax.cli.batch import batch, merge
 from mimo_jax.cli.console import FAILED, INTERRUPTED, USAGE, printable
 from mimo_jax.cli.convert import convert
 from mimo_jax.cli.generate import generate
@@ -24,7 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (generate, inspect, plan, convert):
+for command in (generate, batch, merge, inspect, plan, convert):
     app.command()(command)
 
 

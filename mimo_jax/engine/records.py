@@ -141,6 +141,8 @@ def _metrics(m: Metrics) -> Record:
     if m.acceptance_lengths:
         metrics["tokens_per_round"] = _finite(m.tokens_per_round, 4)
         metrics["acceptance_by_position"] = [_finite(x, 4) for x in m.acceptance_by_position]
+    if m.verify_s is not None and m.draft_s is not None:
+        metrics |= {"verify_s": _finite(m.verify_s, 6), "draft_s": _finite(m.draft_s, 6)}
     return {"metrics": metrics}
 
 

@@ -1,0 +1,147 @@
+"""`mimo-jax batch` and `mimo-jax merge`: files of prompts in, files of completions out."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+import mimo_jax
+from mimo_jax.cli import options
+from mimo_jax.cli.console import FAILED, INTERRUPTED, fail, readable_errors
+
+
+def batch(
+    in_path: Annotated[
+        str, typer.Argument(metavar="IN", help="Requests, one a line; gzip or not; - is stdin.")
+    ],
+    out_path: Annotated[Path, typer.Argument(metavar="OUT", help="Results; continued.")],
+    model: options.Model = "mimo-tiny",
+    batch_size: Annotated[int, typer.Option(min=1, help="Completions decoded together.")] = 16,
+    seed: Annotated[int, typer.Option(help="Lines without a seed get one from this.")] = 0,
+    max_tokens: Annotated[int | None, typer.Option(help="Default of the lines [256].")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Default of the lines [1].")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Default of the lines [1].")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Default of the lines [0: all].")] = None,
+    min_p: Annotated[float | None, typer.Option(help="Default of the lines [0].")] = None,
+    preview: Annotated[int, typer.Option(min=0, help="Completions to show at the end.")] = 3,
+    mesh: options.Mesh = None,
+    rules: options.Rules = "latency",
+    kernels: options.Kernels = "auto",
+    dtype: options.Dtype = None,
+    speculative: options.Speculative = None,
+    draft_width: options.DraftWidth = None,
+    shard: Annotated[
+        str | None, typer.Option(metavar="I/N", help="Only every Nth line, from the Ith on.")
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Go on with results of a run with other options.")
+    ] = False,
+) -> None:
+    """Complete a file of requests; the same command again goes on where it stopped.
+
+    A line has one of "prompt" (text), "messages" (chat) and "token_ids"; "id", if its number should
+    not be its name; and any field of SamplingParams, in place of the command's options.  Or it is a
+    line of OpenAI's batch API.  Each makes a line of results, in the same form: a completion, or an
+    error, which stops none of the others.  What the results were made with is in a manifest
+    beside them.
+
+    Exit codes: 0 all lines are completed, 1 some have errors or the run had to stop, 2 wrong usage,
+    130 interrupted.
+    """
+    defaults = {
+        "max_tokens": max_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "min_p": min_p,
+    }
+    err = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+    with readable_errors(), _results_errors(), contextlib.ExitStack() as stack:
+        from mimo_jax import checkpoint
+        from mimo_jax.cli.run_batches import Totals, print_summary, run_batches
+        from mimo_jax.engine.manifest import ensure_manifest, hash_checkpoint, make_manifest
+        from mimo_jax.engine.requests import Shard, read_requests
+        from mimo_jax.engine.results import Results
+
+        mimo_jax.SamplingParams.from_dict(defaults)
+        how: dict[str, Any] = {
+            "speculative": speculative,
+            "draft_width": options.draft_width(draft_width),
+        }
+        part = None if shard is None else Shard.parse(shard)
+        source = read_requests(in_path, defaults, seed, part)
+        placed: dict[str, Any] = {"mesh": mesh, "rules": rules, "kernels": kernels, "dtype": dtype}
+        manifest = make_manifest(
+            source,
+            model=model,
+            checkpoint_sha256=hash_checkpoint(checkpoint.resolve(model)),
+            code_version=mimo_jax.__version__,
+            **placed,
+            speculative={**how, "batch_size": batch_size},
+            sampling=defaults,
+            seed=seed,
+            shard=part,
+        )
+        results = stack.enter_context(Results(out_path))
+        for override in ensure_manifest(out_path, manifest, len(results) > 0, force):
+            err.print(f"--force: {override}")
+        results.match(source.requests, source.failures, force)
+        if len(results):
+            err.print(f"{out_path} has {len(results)} lines already: going on")
+        results.add_failures(source.failures)
+        totals = Totals()
+        with _stopping(results, err):
+            if results.pending(source.requests):
+                lm = mimo_jax.load(model, **placed)
+                lm.decoder_for(**how)  # refuses what the checkpoint has not, before anything runs
+                run_batches(lm, source.requests, results, model, batch_size, how, totals, err)
+        print_summary(results, totals, preview)
+        if results.failed:
+            raise typer.Exit(FAILED)
+
+
+def merge(
+    parts: Annotated[list[Path], typer.Argument(metavar="PARTS...", help="Results of all shards.")],
+    out: Annotated[Path, typer.Option(help="The file to write.")],
+) -> None:
+    """Merge the results of `batch --shard` into one file, in the order of the input."""
+    with readable_errors(), _results_errors():
+        from mimo_jax.engine.merging import merge as merged
+
+        print(f"{out} has {merged(parts, out)} lines")
+
+
+@contextlib.contextmanager
+def _results_errors() -> Iterator[None]:
+    """Turns what is wrong with a file of results into a message."""
+    from mimo_jax.engine.results import ResultsError
+
+    try:
+        yield
+    except ResultsError as error:
+        fail(f"error: {error}", FAILED)
+
+
+@contextlib.contextmanager
+def _stopping(results: Any, err: Console) -> Iterator[None]:
+    """Ends the command on Ctrl-C and on SIGTERM, saying what is safe."""
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    except KeyboardInterrupt:
+        err.print(
+            f"interrupted: {len(results)} lines are safe in {results.path}; run it again to go on"
+        )
+        raise typer.Exit(INTERRUPTED) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
