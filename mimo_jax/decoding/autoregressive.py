@@ -171,12 +171,13 @@ class Decoder:
         self._leaves, self._treedef = jax.tree.flatten(self._modules(model), is_leaf=_is_quantized)
         self._ran: set[tuple[Any, ...]] = set()
         static = ("top_logprobs",)
-        self._prefill = jax.jit(self._prefill_step, static_argnames=static, donate_argnames="cache")
+        self._prefill = jax.jit(self._prefill_step, static_argnames=static, donate_argnames="held")
         self._decode = jax.jit(
             self._decode_steps,
             static_argnames=(*self._options(), *static),
             donate_argnames="state",
         )
+        self._read = jax.jit(self._read_step, donate_argnames="held")
 
     def _modules(self, model: MiMo) -> Any:
         """What the programs are given, flattened."""
@@ -186,11 +187,52 @@ class Decoder:
         """The static arguments of the next dispatch of steps."""
         return {"steps": STEPS}
 
-    def _empty(self, rows: int, cache_len: int) -> Any:
-        """The caches before a prompt."""
-        return init_cache(self.config, rows, cache_len, placement=self.placement)
+    def begin(self, rows: int) -> None:
+        """Gets ready for a batch of so many rows."""
 
-    def _learn(self, block: Block, seconds: float | None) -> Block:
+    def empty(self, rows: int, max_len: int) -> tuple[KVCache, Any]:
+        """The cache and the drafts of rows of which nothing has been read."""
+        return init_cache(self.config, rows, max_len, placement=self.placement), None
+
+    def weights(self) -> list[Any]:
+        """What programs are given; small models are dequantised (`expanded`)."""
+        return expanded(self._leaves, jnp.dtype(self.config.dtype))
+
+    def read(
+        self,
+        leaves: list[Any],
+        tokens: Int32[Array, "B T"],
+        positions: Int32[Array, "B T"],
+        following: Int32[Array, "B T"],
+        held: Any,
+    ) -> Any:
+        """Reads tokens into what rows hold (`empty`), which is given away, and draws none.
+
+        Args:
+          leaves: `weights`.
+          tokens: parts of prompts.
+          positions: increasing by one along a row from where it was; -1 behind its end.
+          following: the token after each.
+          held: of the rows.
+        """
+        with self._on_mesh():
+            return self._read(leaves, tokens, positions, following, held)
+
+    def decode(
+        self,
+        leaves: list[Any],
+        state: DecodeState,
+        rows: RowParams,
+        ignore_eos: Bool[Array, " B"],
+        top_logprobs: int | None,
+    ) -> tuple[DecodeState, Seen]:
+        """Sends the device further steps of a batch, whose state is given away."""
+        with self._on_mesh():
+            return self._decode(
+                leaves, state, rows, ignore_eos, top_logprobs=top_logprobs, **self._options()
+            )
+
+    def learn(self, block: Block, seconds: float | None) -> Block:
         """Looks at what a dispatch has produced, in how many seconds if nothing was compiled.
 
         The seconds are those until the host asked for it, if that was later.
@@ -233,7 +275,7 @@ class Decoder:
                 seen, started = under_way
                 got = jax.device_get(seen)
                 seconds = started and time.perf_counter() - started
-                block = self._learn(Block.of(got), seconds)
+                block = self.learn(Block.of(got), seconds)
                 # Before the host does anything with the tokens: the device shall not wait for it.
                 under_way = self._dispatch(run, got, stopped)
                 seen = seen if under_way is None else under_way[0]
@@ -258,14 +300,12 @@ class Decoder:
             return None
         if (active != got.remaining).any():
             run.state = dataclasses.replace(run.state, remaining=self.put(active))
-        options = {"top_logprobs": run.top_logprobs, **self._options()}
-        program = (*run.shape, *options.values())
+        program = (*run.shape, run.top_logprobs, *self._options().values())
         started = time.perf_counter() if program in self._ran else None
         self._ran.add(program)
-        with self._on_mesh():
-            run.state, seen = self._decode(
-                run.leaves, run.state, run.rows, run.ignore_eos, **options
-            )
+        run.state, seen = self.decode(
+            run.leaves, run.state, run.rows, run.ignore_eos, run.top_logprobs
+        )
         return seen, started
 
     def _start(
@@ -299,11 +339,12 @@ class Decoder:
             )
         )
         tokens, positions, row_params, ignore_eos, remaining = given
-        cache = self._empty(rows, cache_len)
+        self.begin(rows)
+        held = self.empty(rows, cache_len)
         with self._on_mesh():
-            leaves = expanded(self._leaves, jnp.dtype(self.config.dtype))
+            leaves = self.weights()
             state, seen = self._prefill(
-                leaves, tokens, positions, cache, row_params, ignore_eos, remaining,
+                leaves, tokens, positions, held, row_params, ignore_eos, remaining,
                 top_logprobs=top,
             )  # fmt: skip
         return _Run(leaves, state, row_params, ignore_eos, top, (rows, cache_len)), seen
@@ -321,9 +362,9 @@ class Decoder:
         ids = jax.ShapeDtypeStruct((rows, length), jnp.int32)
         row_params = sampling.row_params([SamplingParams(temperature=0.0)] * rows, [0] * rows)
         by_row = (row_params, np.zeros(rows, bool), np.ones(rows, np.int32))
-        cache = jax.eval_shape(lambda: self._empty(rows, max_len))
+        held = jax.eval_shape(lambda: self.empty(rows, max_len))
         with self._on_mesh():
-            prefill = self._prefill.trace(self._leaves, ids, ids, cache, *by_row, top_logprobs=None)
+            prefill = self._prefill.trace(self._leaves, ids, ids, held, *by_row, top_logprobs=None)
             state = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), prefill.out_info)
             decode = self._decode.lower(
                 self._leaves, state[0], *by_row[:2], top_logprobs=None, **self._options()
@@ -360,7 +401,7 @@ class Decoder:
         leaves: list[Any],
         tokens: Int32[Array, "B T"],
         positions: Int32[Array, "B T"],
-        cache: KVCache,
+        held: Any,
         rows: RowParams,
         ignore_eos: Bool[Array, " B"],
         remaining: Int32[Array, " B"],
@@ -368,10 +409,21 @@ class Decoder:
         top_logprobs: int | None,
     ) -> tuple[DecodeState, Seen]:
         model = jax.tree.unflatten(self._treedef, leaves)
-        hidden, cache, _ = model.hidden_states(tokens, positions, cache)
+        hidden, cache, _ = model.hidden_states(tokens, positions, held[0])
         return self._first(
             model, hidden, positions, cache, tokens, rows, ignore_eos, remaining, top_logprobs
         )
+
+    def _read_step(
+        self,
+        leaves: list[Any],
+        tokens: Int32[Array, "B T"],
+        positions: Int32[Array, "B T"],
+        following: Int32[Array, "B T"],
+        held: Any,
+    ) -> Any:
+        model = jax.tree.unflatten(self._treedef, leaves)
+        return model.hidden_states(tokens, positions, held[0])[1], None
 
     def _first(
         self,

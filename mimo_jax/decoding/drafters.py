@@ -52,17 +52,17 @@ class Rows:
     last: Int32[Array, " B"]
 
     def newest(self, count: int) -> Rows:
-        """Only the rows up to `last`, and of those at most the newest `count`."""
+        """Only `count` rows, the newest of those up to `last` first of all."""
         if self.positions.shape[1] <= count:
             return self
-        at = self.last[:, None] + jnp.arange(1 - count, 1, dtype=jnp.int32)
-        there, at = at >= 0, jnp.maximum(at, 0)
+        begin = jnp.maximum(self.last - (count - 1), 0)
+        at = begin[:, None] + jnp.arange(count, dtype=jnp.int32)
         return Rows(
-            jnp.where(there, jnp.take_along_axis(self.positions, at, axis=1), -1),
+            jnp.take_along_axis(self.positions, at, axis=1),
             _rows(self.hidden, at),
             {name: _rows(a, at) for name, a in self.taps.items()},
             jnp.take_along_axis(self.following, at, axis=1),
-            jnp.full_like(self.last, count - 1),
+            self.last - begin,
         )
 
 
@@ -160,8 +160,11 @@ class MTPDrafter:
         """A token of each block in turn."""
         rows = rows.newest(max(_window(b.layer.window) for b in module.layers))
         carried = self.tokens - 1
+        # A prompt may go on after a gap, when it is read in parts longer than the window.
+        adjoins = state.positions[:, -1:] + 1 == rows.positions[:, :1]
+        before = jnp.where(adjoins, state.positions, -1)
         hidden = jnp.concatenate([state.hidden, rows.hidden.astype(state.hidden.dtype)], axis=1)
-        positions = jnp.concatenate([state.positions, rows.positions], axis=1)
+        positions = jnp.concatenate([before, rows.positions], axis=1)
         # The same tokens for all blocks: block k begins k rows earlier.
         tokens = jnp.pad(rows.following, ((0, 0), (0, carried)))
         newest = jnp.take_along_axis(rows.positions, rows.last[:, None], axis=1)
@@ -182,8 +185,11 @@ class MTPDrafter:
             at = (rows.last + 1 + k)[:, None]
             tokens = jnp.where(column == at, drafts[-1], tokens)
         kept = rows.last[:, None] + 1 + jnp.arange(carried, dtype=jnp.int32)
+        idle = newest < 0  # goes on from where it was
         after = MTPState(
-            tuple(caches), _rows(hidden, kept), jnp.take_along_axis(positions, kept, axis=1)
+            tuple(caches),
+            jnp.where(idle[..., None], state.hidden, _rows(hidden, kept)),
+            jnp.where(idle, state.positions, jnp.take_along_axis(positions, kept, axis=1)),
         )
         return jnp.concatenate(drafts, axis=1), after
 

@@ -111,7 +111,8 @@ class SpeculativeDecoder(Decoder):
     def _options(self) -> dict[str, Any]:
         return {"rounds": ROUNDS, "width": self.width}
 
-    def _learn(self, block: Block, seconds: float | None) -> Block:
+    def learn(self, block: Block, seconds: float | None) -> Block:
+        """As `Decoder.learn`; the width that it was made with is noted, and the next one chosen."""
         if block.lengths is None:
             return block
         block = dataclasses.replace(block, width=self.width)
@@ -124,20 +125,25 @@ class SpeculativeDecoder(Decoder):
             self.width = policy.choose()
         return block
 
-    def _empty(self, rows: int, cache_len: int) -> Any:
+    def begin(self, rows: int) -> None:
+        """As `Decoder.begin`; how wide rounds are best depends on the rows."""
         if self._adapts:
             self._rows = rows
             policy = self._adaptive.setdefault(rows, AdaptiveWidth(1 + self.drafter.tokens))
             self.width = policy.choose()
-        state = self.drafter.init(rows, self.config.dtype, self.placement)
-        return super()._empty(rows, cache_len), state
+
+    def empty(self, rows: int, max_len: int) -> tuple[KVCache, Any]:
+        """As `Decoder.empty`; the drafts are tokens that may follow, and what the drafter keeps."""
+        carried = self.drafter.init(rows, self.config.dtype, self.placement)
+        drafts = self.put(np.zeros((rows, self.drafter.tokens), np.int32))
+        return super().empty(rows, max_len)[0], (drafts, carried)
 
     def _prefill_step(
         self,
         leaves: list[Any],
         tokens: Int32[Array, "B T"],
         positions: Int32[Array, "B T"],
-        cache: Any,
+        held: Any,
         rows: RowParams,
         ignore_eos: Bool[Array, " B"],
         remaining: Int32[Array, " B"],
@@ -145,7 +151,7 @@ class SpeculativeDecoder(Decoder):
         top_logprobs: int | None,
     ) -> tuple[DecodeState, Seen]:
         model, module = jax.tree.unflatten(self._treedef, leaves)
-        cache, carried = cache
+        cache, (_, carried) = held
         hidden, cache, taps = model.hidden_states(tokens, positions, cache, taps=self.drafter.taps)
         state, seen = self._first(
             model, hidden, positions, cache, tokens, rows, ignore_eos, remaining, top_logprobs
@@ -159,6 +165,29 @@ class SpeculativeDecoder(Decoder):
         choose = functools.partial(self._choose, rows)
         drafts = self.drafter.draft(module, model, carried, run, choose)
         return dataclasses.replace(state, drafts=drafts), seen
+
+    def _read_step(
+        self,
+        leaves: list[Any],
+        tokens: Int32[Array, "B T"],
+        positions: Int32[Array, "B T"],
+        following: Int32[Array, "B T"],
+        held: Any,
+    ) -> Any:
+        model, module = jax.tree.unflatten(self._treedef, leaves)
+        cache, (drafts, carried) = held
+        hidden, cache, taps = model.hidden_states(tokens, positions, cache, taps=self.drafter.taps)
+        last = jnp.argmax(positions, axis=1).astype(jnp.int32)
+        run = Rows(positions, hidden, taps, following, last)
+
+        def most_probable(logits: Array, _: Array) -> Array:
+            """Without noise: it isn't known yet with whose seeds the rows will be sampled."""
+            masked = sampling.mask_vocabulary(logits, self.valid_vocabulary)
+            return jnp.argmax(masked, axis=-1).astype(jnp.int32)
+
+        proposed, carried = self.drafter.draft(module, model, carried, run, most_probable)
+        something = (positions >= 0).any(axis=1)[:, None]
+        return cache, (jnp.where(something, proposed, drafts), carried)
 
     def _decode_steps(
         self,

@@ -280,7 +280,8 @@ def test_the_cache_is_donated():
     tokens = jnp.ones((1, 32), jnp.int32)
     positions = jnp.arange(32, dtype=jnp.int32)[None]
     use._prefill(
-        use._leaves, tokens, positions, cache, *arguments[2:], 1 + tokens[:, 0], top_logprobs=None
+        *(use._leaves, tokens, positions, (cache, None), *arguments[2:], 1 + tokens[:, 0]),
+        top_logprobs=None,
     )
     assert all(a.is_deleted() for a in jax.tree.leaves(cache))
 

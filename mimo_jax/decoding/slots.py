@@ -1,0 +1,195 @@
+"""A decode batch whose rows come and go, for continuous batching.
+
+A row of the batch is a slot.  Prompts are read beside the slots, in lanes with caches of their own,
+a chunk at a time; what has been read is copied into a slot, where the row goes on.  All shapes are
+fixed, so nothing is compiled once each has occurred, and nothing has to be cleared: caches are
+located by position (`mimo_jax.model.cache`).
+
+The last token of a prompt is not read but is the newest token of its slot, whose keys are not in
+the cache yet.  So the first token is drawn as all others are, and completions of the same prompt
+share all that was read of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from mimo_jax.decoding import sampling
+from mimo_jax.decoding.autoregressive import Decoder, DecodeState, Seen
+from mimo_jax.decoding.sampling import SamplingParams
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+    """Part of a prompt, and where it is read.
+
+    Attributes:
+      lane: the lane; it has read what precedes.
+      start: position of the first token.
+      tokens: token ids.
+      following: the token after the last one.
+    """
+
+    lane: int
+    start: int
+    tokens: Sequence[int]
+    following: int
+
+
+class Slots:
+    """The device's side of continuous batching: reading prompts, and steps of all rows.
+
+    Calls return before the device has done anything; what `decode` returns is waited for when it is
+    looked at.
+
+    Args:
+      decoder: what decodes; several may not use one at the same time.
+      slots: rows of the batch.
+      lanes: prompts that can be read at once.
+      max_len: positions of a row's cache, prompt and completion together.
+      top_logprobs: how many most probable tokens are reported beside each, or None.
+
+    Raises:
+      ShardingError: the mesh does not divide the rows.
+      ValueError: max_len is not positive or exceeds the model's; or rows are split over devices.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        *,
+        slots: int,
+        lanes: int,
+        max_len: int,
+        top_logprobs: int | None = None,
+    ):
+        if decoder.placement is not None and decoder.placement.batch_ways > 1:
+            raise ValueError(
+                "continuous batching needs all rows on all devices, and these rules split them "
+                f"{decoder.placement.batch_ways} ways; choose rules that split heads and experts "
+                "only, such as latency"
+            )
+        self.decoder, self.slots, self.lanes, self.max_len = decoder, slots, lanes, max_len
+        self._top = top_logprobs
+        self._leaves = decoder.weights()
+        self._lanes = decoder.empty(lanes, max_len)
+        decoder.begin(slots)
+        cache, drafts = decoder.empty(slots, max_len)
+        tokens, positions, remaining = decoder.put((np.zeros(slots, np.int32),) * 3)
+        self._state = DecodeState(cache, tokens, positions, remaining, drafts)
+        nobody = [SamplingParams(temperature=0.0)] * slots
+        self._params = (sampling.row_params(nobody, [0] * slots), np.ones(slots, bool))
+        self._placed = decoder.put(self._params)
+
+    def read(self, chunks: Sequence[Chunk], length: int) -> None:
+        """Reads chunks of at most `length` tokens, each in its own lane."""
+        shape = (self.lanes, length)
+        tokens, following = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+        positions = np.full(shape, -1, np.int32)
+        for chunk in chunks:
+            n = len(chunk.tokens)
+            tokens[chunk.lane, :n] = chunk.tokens
+            following[chunk.lane, :n] = [*chunk.tokens[1:], chunk.following]
+            positions[chunk.lane, :n] = np.arange(chunk.start, chunk.start + n)
+        tokens, positions, following = self.decoder.put((tokens, positions, following))
+        self._lanes = self.decoder.read(self._leaves, tokens, positions, following, self._lanes)
+
+    def snapshot(self, lane: int) -> Any:
+        """What a lane has read, to go on from in other lanes."""
+        return _taken(self._lanes, np.int32(lane))
+
+    def restore(self, lane: int, snapshot: Any) -> None:
+        """Makes a lane one that has read what another had."""
+        self._lanes = _copied(self._lanes, snapshot, np.int32(0), np.int32(lane))
+
+    def insert(
+        self,
+        slot: int,
+        lane: int | None,
+        newest: tuple[int, int],
+        params: SamplingParams,
+        seed: int,
+        budget: int,
+    ) -> None:
+        """Begins a row: in a slot, with what a lane has read, which stays there.
+
+        Args:
+          slot: a slot whose row is done.
+          lane: where all of the prompt but its last token has been read; None if it has only one.
+          newest: the prompt's last token, and its position.
+          params, seed: how the row is sampled.
+          budget: tokens that it may produce at most.
+        """
+        token, position = newest
+        row, ignore_eos = sampling.row_params([params], [seed]), params.ignore_eos
+        held, ignored = self._params
+        held, ignored = jax.tree.map(np.copy, held), ignored.copy()
+        for mine, new in zip(jax.tree.leaves(held), jax.tree.leaves(row), strict=True):
+            mine[slot] = new[0]
+        ignored[slot] = ignore_eos
+        self._params = (held, ignored)
+        self._placed = self.decoder.put(self._params)
+        start = [np.int32(x) for x in (token, position, budget, slot)]
+        # Nothing that a lane holds is seen by a row at position 0.
+        self._state = _begun(self._state, self._lanes, np.int32(lane or 0), *start)
+
+    def end(self, slots: Sequence[int]) -> None:
+        """Ends rows whose ends the device doesn't know of."""
+        ended = np.zeros(self.slots, bool)
+        ended[list(slots)] = True
+        self._state = _ended(self._state, *self.decoder.put((ended,)))
+
+    def decode(self) -> Seen:
+        """Further tokens of all rows."""
+        rows, ignore_eos = self._placed
+        self._state, seen = self.decoder.decode(
+            self._leaves, self._state, rows, ignore_eos, self._top
+        )
+        return seen
+
+
+@jax.jit
+def _taken(rows: Any, row: Array) -> Any:
+    return jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, row, 1), rows)
+
+
+@functools.partial(jax.jit, donate_argnames="rows")
+def _copied(rows: Any, others: Any, source: Array, target: Array) -> Any:
+    def copy(a: Array, b: Array) -> Array:
+        row = jax.lax.dynamic_slice_in_dim(b, source, 1)
+        return jax.lax.dynamic_update_slice_in_dim(a, row, target, axis=0)
+
+    return jax.tree.map(copy, rows, others)
+
+
+@functools.partial(jax.jit, donate_argnames="state")
+def _begun(
+    state: DecodeState,
+    read: Any,
+    lane: Array,
+    token: Array,
+    position: Array,
+    budget: Array,
+    slot: Array,
+) -> DecodeState:
+    cache, drafts = _copied((state.cache, state.drafts), read, lane, slot)
+    return DecodeState(
+        cache,
+        state.tokens.at[slot].set(token),
+        state.positions.at[slot].set(position),
+        state.remaining.at[slot].set(budget),
+        drafts,
+    )
+
+
+@functools.partial(jax.jit, donate_argnames="state")
+def _ended(state: DecodeState, ended: Array) -> DecodeState:
+    return dataclasses.replace(state, remaining=jnp.where(ended, 0, state.remaining))
