@@ -286,7 +286,7 @@ class LanguageModel:
                 pass
             for (i, _), row in zip(part, batch, strict=True):
                 done[i].append((row, started))
-        outputs = [_output(ids[i], rows) for i, rows in enumerate(done)]
+        outputs = [output_of(ids[i], rows) for i, rows in enumerate(done)]
         _warn_at_chance(speculative, outputs)
         return outputs
 
@@ -415,7 +415,7 @@ class Stream:
     @property
     def output(self) -> GenerationOutput:
         """What has been generated so far; complete once the iteration has ended."""
-        return _output(self._prompt, [(self._row, self._started)])
+        return output_of(self._prompt, [(self._row, self._started)])
 
 
 def enable_compilation_cache() -> Path | None:
@@ -464,23 +464,3 @@ def _warn_at_chance(speculative: Speculative, outputs: Sequence[GenerationOutput
     widths = [w for o in outputs for w in o.metrics.draft_widths]
     if speculative is not None and (said := at_chance(speculative, lengths, widths)):
         warnings.warn(said, AcceptanceWarning, stacklevel=3)
-
-
-def _output(prompt: list[int], rows: Sequence[tuple[Row, float]]) -> GenerationOutput:
-    completions = tuple(row.completion() for row, _ in rows)
-    times = [(row.token_times, started) for row, started in rows]
-    spans = [(t[-1] - t[0], len(t) - 1) for t, _ in times if len(t) > 1]
-    steps = sum(n for _, n in spans)
-    phases = [row.phases for row, _ in rows if row.phases is not None]
-    verify_s, draft_s = np.sum(phases, axis=0).tolist() if phases else (None, None)
-    metrics = Metrics(
-        ttft_s=min((t[0] - started for t, started in times if t), default=0.0),
-        tpot_s=sum(s for s, _ in spans) / steps if steps else 0.0,
-        prompt_tokens=len(prompt),
-        generated_tokens=sum(len(t) for t, _ in times),
-        acceptance_lengths=tuple(n for row, _ in rows for n, _ in row.rounds),
-        draft_widths=tuple(w for row, _ in rows for _, w in row.rounds),
-        verify_s=verify_s,
-        draft_s=draft_s,
-    )
-    return GenerationOutput(prompt, completions, metrics)

@@ -183,6 +183,11 @@ class Decoder:
         """What the programs are given, flattened."""
         return model
 
+    @property
+    def least(self) -> int:
+        """How many tokens a dispatch gives a row at least, if it doesn't end."""
+        return STEPS
+
     def _options(self) -> dict[str, Any]:
         """The static arguments of the next dispatch of steps."""
         return {"steps": STEPS}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -176,3 +177,29 @@ class Row:
         top = np.asarray(logprobs.top)[row, i, :count].tolist()
         chosen = float(np.asarray(logprobs.chosen)[row, i])
         return TokenLogprob(token, chosen, dict(zip(top_ids, top, strict=True)))
+
+
+def output_of(prompt: list[int], rows: Sequence[tuple[Row, float]]) -> GenerationOutput:
+    """What generation returns for a prompt.
+
+    Args:
+      prompt: its token ids.
+      rows: its completions, and when each was begun, of `time.perf_counter`.
+    """
+    completions = tuple(row.completion() for row, _ in rows)
+    times = [(row.token_times, started) for row, started in rows]
+    spans = [(t[-1] - t[0], len(t) - 1) for t, _ in times if len(t) > 1]
+    steps = sum(n for _, n in spans)
+    phases = [row.phases for row, _ in rows if row.phases is not None]
+    verify_s, draft_s = np.sum(phases, axis=0).tolist() if phases else (None, None)
+    metrics = Metrics(
+        ttft_s=min((t[0] - started for t, started in times if t), default=0.0),
+        tpot_s=sum(s for s, _ in spans) / steps if steps else 0.0,
+        prompt_tokens=len(prompt),
+        generated_tokens=sum(len(t) for t, _ in times),
+        acceptance_lengths=tuple(n for row, _ in rows for n, _ in row.rounds),
+        draft_widths=tuple(w for row, _ in rows for _, w in row.rounds),
+        verify_s=verify_s,
+        draft_s=draft_s,
+    )
+    return GenerationOutput(prompt, completions, metrics)

@@ -108,6 +108,11 @@ class SpeculativeDecoder(Decoder):
     def _modules(self, model: MiMo) -> Any:
         return model, self.drafter.module
 
+    @property
+    def least(self) -> int:
+        """One token a round."""
+        return ROUNDS
+
     def _options(self) -> dict[str, Any]:
         return {"rounds": ROUNDS, "width": self.width}
 
