@@ -1,0 +1,99 @@
+"""Prompts that begin alike are computed once, and nobody waits for ever."""
+
+import itertools
+
+import pytest
+from engine.simulated_device import SIZES, assert_all_is_free, make_device
+
+from mimo_jax.engine.actions import Job, Prefill
+from mimo_jax.engine.lanes import Lanes
+
+
+def family(first: int, members: int, chunks: int = 3) -> list[tuple[int, ...]]:
+    """Prompts that share all but one token."""
+    return [(*range(first, first + 8 * chunks), -i) for i in range(1, 1 + members)]
+
+
+def test_a_shared_prefix_is_computed_once():
+    device, jobs = make_device(snapshots=1, lanes=4, prompts=family(0, 20))
+    device.run()
+    assert device.computed[jobs[0]] == 4
+    assert {device.computed[job] for job in jobs[1:]} == {1}
+    stats = device.scheduler.stats
+    assert (stats.prefix_hits, stats.prefix_tokens) == (19, 19 * 24)
+
+
+def test_with_one_lane_too():
+    device, jobs = make_device(snapshots=1, lanes=1, prompts=family(0, 5))
+    device.run()
+    assert [device.computed[job] for job in jobs] == [4, 1, 1, 1, 1]
+
+
+def test_what_is_not_shared_is_not_kept():
+    device, _ = make_device(
+        snapshots=4, lanes=2, prompts=[family(i, 1)[0] for i in range(0, 2000, 100)]
+    )
+    device.run()
+    assert device.snapshots == 4 * [()]
+    assert device.scheduler.stats.prefix_hits == 0
+
+
+def test_a_prompt_that_is_wholly_a_prefix_still_computes_its_last_chunk():
+    whole = tuple(range(16))
+    device, jobs = make_device(
+        snapshots=2, lanes=1, prompts=[whole, whole, (*whole, 1), (*whole, 2)]
+    )
+    device.run()
+    assert [device.computed[job] for job in jobs] == [2, 1, 1, 1]
+
+
+def test_families_that_outnumber_the_snapshots_do_not_evict_each_other():
+    interleaved = list(itertools.chain(*zip(family(0, 8), family(100, 8), family(200, 8))))
+    device, jobs = make_device(snapshots=1, lanes=1, slots=8, prompts=interleaved)
+    device.run()
+    # The first family has the only snapshot until its last member started; then it is given on.
+    assert [device.computed[job] for job in jobs[::3]] == [4, 1, 1, 1, 1, 1, 1, 1]
+
+
+def test_nested_prefixes_end_with_the_longest():
+    short, long = family(0, 1, chunks=2)[0][:-1], family(0, 6, chunks=4)
+    device, jobs = make_device(snapshots=1, lanes=1, slots=8, prompts=[(*short, -9), *long])
+    device.run()
+    assert [device.computed[job] for job in jobs] == [3, 3, 1, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("moment", range(12))
+def test_another_takes_over_when_the_first_is_ended(moment):
+    device, jobs = make_device(snapshots=1, lanes=2, prompts=family(0, 6))
+    for _ in range(moment):
+        device.step()
+    device.end(jobs[0])
+    device.run()
+    assert device.finished | device.host_ended == {(job, 0) for job in jobs}
+    assert sum(device.computed[job] for job in jobs[1:]) <= 4 + 4
+    assert_all_is_free(device)
+
+
+def test_a_waiting_job_is_overtaken_by_as_many_as_are_allowed():
+    others = [(100 + i,) for i in range(20)]
+    first, second = family(0, 2, chunks=5)
+    device, jobs = make_device(
+        lanes=2, slots=8, snapshots=1, lookahead=3, prompts=[first, second, *others]
+    )
+    device.run()
+    started = list(
+        dict.fromkeys(c.job for a in device.log if isinstance(a, Prefill) for c in a.chunks)
+    )
+    assert started.index(jobs[1]) == 4
+    assert device.computed[jobs[1]] == 1
+
+
+def test_nobody_waits_for_a_snapshot_that_there_is_no_room_for():
+    lanes = Lanes(lanes=2, chunk_sizes=SIZES, snapshots=1, lookahead=5)
+    wanted = lanes.prefixes.keys(family(0, 1)[0])
+    lanes.prefixes.wait(wanted)
+    assert lanes.prefixes.save(wanted, 3) == 0
+    for i, prompt in enumerate(family(100, 2)):
+        lanes.add(Job(i, prompt, 1))
+    lanes.admit()
+    assert len(lanes.prefilling) == 2
