@@ -22,7 +22,7 @@ from mimo_jax.config import DFlashConfig, MiMoConfig
 from mimo_jax.decoding.autoregressive import Decoder, bucket
 from mimo_jax.decoding.draft_width import at_chance
 from mimo_jax.decoding.drafters import DFlashDrafter, Drafter, MTPDrafter
-from mimo_jax.decoding.outputs import GenerationOutput, Metrics, Row
+from mimo_jax.decoding.outputs import GenerationOutput, Row, output_of
 from mimo_jax.decoding.sampling import SamplingParams, sample_seed
 from mimo_jax.decoding.speculative import SpeculativeDecoder, Width
 from mimo_jax.model.backbone import MiMo

@@ -53,7 +53,7 @@ class Chunk(NamedTuple):
         may be beyond the cache.
       from_snapshot: to be copied to the lane before, or None.
       save_snapshot: to which the lane is to be copied afterwards, or None.
-      last: whether the prompt ends with it.  The lane keeps what the first tokens are drawn from.
+      last: whether the prompt ends with it.
     """
 
     lane: int
@@ -78,7 +78,7 @@ class Prefill:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Insert:
-    """Copies a lane's cache to a slot, where a row begins with its first token, drawn by its seed.
+    """Copies a lane's cache to a slot, where a row begins; its first token is that of a Decode.
 
     Attributes:
       lane: whose prompt is complete.

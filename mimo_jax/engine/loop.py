@@ -10,7 +10,6 @@ from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import Any
 
 import jax
-import numpy as np
 
 from mimo_jax.decoding.autoregressive import Block, Decoder, Seen
 from mimo_jax.decoding.outputs import GenerationOutput, Row, output_of
@@ -22,6 +21,8 @@ from mimo_jax.engine.scheduler import Scheduler, Stats
 
 # Tokens of a prompt that are read at once: the largest as often as it goes, then one for the rest.
 CHUNK_SIZES = (32, 128, 512, 2048)
+# Requests that are taken before they can begin, so that prefixes that several have are seen.
+AHEAD = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +113,7 @@ class Engine:
         more = True
         try:
             while True:
-                while more and self._scheduler.waiting <= self._scheduler.lookahead:
+                while more and self._scheduler.waiting < AHEAD:
                     work = next(coming, None)
                     more = work is not None
                     if work is not None:

@@ -272,7 +272,7 @@ class Scheduler:
             )
         self._unreported.popleft()
         self._unreported_inserts -= isinstance(action, Insert)
-        least = 1 if isinstance(action, Insert) else self._slots.steps
+        least = 0 if isinstance(action, Insert) else self._slots.steps
         kept = self._slots.report(rows, results, least)
         for row in kept:
             if results[row.slot].ended:

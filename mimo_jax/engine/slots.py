@@ -65,11 +65,11 @@ class Slots:
         return sum(len(state.row.job.tokens) + state.tokens for state in states)
 
     def insert(self, row: Row) -> None:
-        """Puts a row into its slot, which is free, with its first token."""
+        """Puts a row into its slot, which is free."""
         state = _State(row)
         self._states[row] = self._slots[row.slot] = state
         self._stopped.discard(row.slot)
-        self._dispatched(state, 1)
+        self._dispatched(state, 0)
 
     def decode(self) -> Decode:
         """The next action for all rows in slots."""
