@@ -220,7 +220,7 @@ class Decoder:
           following: the token after each.
           held: of the rows.
         """
-        with self._on_mesh():
+        with self.on_mesh():
             return self._read(leaves, tokens, positions, following, held)
 
     def decode(
@@ -232,7 +232,7 @@ class Decoder:
         top_logprobs: int | None,
     ) -> tuple[DecodeState, Seen]:
         """Sends the device further steps of a batch, whose state is given away."""
-        with self._on_mesh():
+        with self.on_mesh():
             return self._decode(
                 leaves, state, rows, ignore_eos, top_logprobs=top_logprobs, **self._options()
             )
@@ -346,7 +346,7 @@ class Decoder:
         tokens, positions, row_params, ignore_eos, remaining = given
         self.begin(rows)
         held = self.empty(rows, cache_len)
-        with self._on_mesh():
+        with self.on_mesh():
             leaves = self.weights()
             state, seen = self._prefill(
                 leaves, tokens, positions, held, row_params, ignore_eos, remaining,
@@ -368,7 +368,7 @@ class Decoder:
         row_params = sampling.row_params([SamplingParams(temperature=0.0)] * rows, [0] * rows)
         by_row = (row_params, np.zeros(rows, bool), np.ones(rows, np.int32))
         held = jax.eval_shape(lambda: self.empty(rows, max_len))
-        with self._on_mesh():
+        with self.on_mesh():
             prefill = self._prefill.trace(self._leaves, ids, ids, held, *by_row, top_logprobs=None)
             state = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), prefill.out_info)
             decode = self._decode.lower(
@@ -376,7 +376,8 @@ class Decoder:
             )
             return prefill.lower(), decode
 
-    def _on_mesh(self) -> contextlib.AbstractContextManager[Any]:
+    def on_mesh(self) -> contextlib.AbstractContextManager[Any]:
+        """The context for what runs on the model's mesh."""
         # Not around a `yield`: the context would reach into the caller's code.
         return mesh.use(self.placement and self.placement.mesh)
 

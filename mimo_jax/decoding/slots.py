@@ -20,11 +20,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
 from mimo_jax.decoding import sampling
 from mimo_jax.decoding.autoregressive import Decoder, DecodeState, Seen
 from mimo_jax.decoding.sampling import SamplingParams
+from sharding.types import axes_of, entries, on_mesh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,8 +60,8 @@ class Slots:
       top_logprobs: how many most probable tokens are reported beside each, or None.
 
     Raises:
-      ShardingError: the mesh does not divide the rows.
-      ValueError: max_len is not positive or exceeds the model's; or rows are split over devices.
+      ShardingError: the mesh does not divide slots or lanes.
+      ValueError: max_len is not positive or exceeds the model's.
     """
 
     def __init__(
@@ -71,12 +73,6 @@ class Slots:
         max_len: int,
         top_logprobs: int | None = None,
     ):
-        if decoder.placement is not None and decoder.placement.batch_ways > 1:
-            raise ValueError(
-                "continuous batching needs all rows on all devices, and these rules split them "
-                f"{decoder.placement.batch_ways} ways; choose rules that split heads and experts "
-                "only, such as latency"
-            )
         self.decoder, self.slots, self.lanes, self.max_len = decoder, slots, lanes, max_len
         self._top = top_logprobs
         self._leaves = decoder.weights()
@@ -104,11 +100,13 @@ class Slots:
 
     def snapshot(self, lane: int) -> Any:
         """What a lane has read, to go on from in other lanes."""
-        return _taken(self._lanes, np.int32(lane))
+        with self.decoder.on_mesh():
+            return _taken(self._lanes, np.int32(lane))
 
     def restore(self, lane: int, snapshot: Any) -> None:
         """Makes a lane one that has read what another had."""
-        self._lanes = _copied(self._lanes, snapshot, np.int32(0), np.int32(lane))
+        with self.decoder.on_mesh():
+            self._lanes = _copied(self._lanes, snapshot, np.int32(0), np.int32(lane))
 
     def insert(
         self,
@@ -139,13 +137,15 @@ class Slots:
         self._placed = self.decoder.put(self._params)
         start = [np.int32(x) for x in (token, position, budget, slot)]
         # Nothing that a lane holds is seen by a row at position 0.
-        self._state = _begun(self._state, self._lanes, np.int32(lane or 0), *start)
+        with self.decoder.on_mesh():
+            self._state = _begun(self._state, self._lanes, np.int32(lane or 0), *start)
 
     def end(self, slots: Sequence[int]) -> None:
         """Ends rows whose ends the device doesn't know of."""
         ended = np.zeros(self.slots, bool)
         ended[list(slots)] = True
-        self._state = _ended(self._state, *self.decoder.put((ended,)))
+        with self.decoder.on_mesh():
+            self._state = _ended(self._state, *self.decoder.put((ended,)))
 
     def decode(self) -> Seen:
         """Further tokens of all rows."""
@@ -158,16 +158,12 @@ class Slots:
 
 @jax.jit
 def _taken(rows: Any, row: Array) -> Any:
-    return jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, row, 1), rows)
+    return jax.tree.map(lambda a: _row(a, row), rows)
 
 
 @functools.partial(jax.jit, donate_argnames="rows")
 def _copied(rows: Any, others: Any, source: Array, target: Array) -> Any:
-    def copy(a: Array, b: Array) -> Array:
-        row = jax.lax.dynamic_slice_in_dim(b, source, 1)
-        return jax.lax.dynamic_update_slice_in_dim(a, row, target, axis=0)
-
-    return jax.tree.map(copy, rows, others)
+    return jax.tree.map(lambda a, b: _with_row(a, _row(b, source), target), rows, others)
 
 
 @functools.partial(jax.jit, donate_argnames="state")
@@ -181,13 +177,38 @@ def _begun(
     slot: Array,
 ) -> DecodeState:
     cache, drafts = _copied((state.cache, state.drafts), read, lane, slot)
+    tokens = _with_row(state.tokens, token[None], slot)
+    positions = _with_row(state.positions, position[None], slot)
     return DecodeState(
-        cache,
-        state.tokens.at[slot].set(token),
-        state.positions.at[slot].set(position),
-        state.remaining.at[slot].set(budget),
-        drafts,
+        cache, tokens, positions, _with_row(state.remaining, budget[None], slot), drafts
     )
+
+
+def _row(x: Array, index: Array) -> Array:
+    """One row [1, ...], which is on all devices that rows are split over."""
+    axes = axes_of(entries(x)[0])
+
+    def local(x: Array, index: Array) -> Array:
+        first = jax.lax.axis_index(axes) * len(x) if axes else 0
+        at = jnp.clip(index - first, 0, len(x) - 1)
+        row = jax.lax.dynamic_slice_in_dim(x, at, 1)
+        return jax.lax.psum(jnp.where(at == index - first, row, 0), axes) if axes else row
+
+    return on_mesh(local, PartitionSpec(None, *entries(x)[1:]), x, index)
+
+
+def _with_row(x: Array, row: Array, index: Array) -> Array:
+    """Rows with one [1, ...] in place of another."""
+    axes = axes_of(entries(x)[0])
+
+    def local(x: Array, row: Array, index: Array) -> Array:
+        first = jax.lax.axis_index(axes) * len(x) if axes else 0
+        at = jnp.clip(index - first, 0, len(x) - 1)
+        if axes:
+            row = jnp.where(at == index - first, row, jax.lax.dynamic_slice_in_dim(x, at, 1))
+        return jax.lax.dynamic_update_slice_in_dim(x, row, at, axis=0)
+
+    return on_mesh(local, PartitionSpec(*entries(x)), x, row, index)
 
 
 @functools.partial(jax.jit, donate_argnames="state")

@@ -320,7 +320,7 @@ class SpeculativeDecoder(Decoder):
             return jax.lax.fori_loop(0, ROUNDS, one, drafts)
 
         seconds = {}
-        with self._on_mesh():
+        with self.on_mesh():
             for width in widths:
                 verifying = functools.partial(verify, run.leaves, start, width)
                 made = verifying()[1]

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from decoding.speculating import DRAFTER, generated
 
-from mimo_jax.decoding.autoregressive import Decoder
+from mimo_jax.decoding.autoregressive import Block, Decoder
 from mimo_jax.decoding.drafters import DFlashDrafter, MTPDrafter, Rows
 from mimo_jax.decoding.sampling import SamplingParams
+from mimo_jax.decoding.slots import Chunk, Slots
 from mimo_jax.decoding.speculative import SpeculativeDecoder
 from mimo_jax.model.dflash import DFlash
 from mimo_jax.model.mtp import MTP
@@ -119,3 +120,38 @@ def test_proposals_and_tokens_are_those_of_one_device(mesh, rules, name):
         model, drafter, valid_vocabulary=VOCAB, eos_ids=(), placement=where
     )
     assert generated(decoder, PROMPTS, PARAMS)[0] == on_one_device()
+
+
+@pytest.mark.parametrize("name", ["mtp", "dflash"])
+@pytest.mark.parametrize(
+    ("mesh", "rules"),
+    [("tensor=4", "latency"), ("data=2,expert=2,tensor=2", "throughput")],
+)
+def test_rows_that_come_and_go_produce_what_they_do_on_one_device(mesh, rules, name):
+    """Two at a time in four slots, so that rows that devices share out are taken again."""
+    held: list[tuple[ParamSpec, Format]] = [
+        (p.spec, "plain") for m in modules() for _, p in parameters(m)
+    ]
+    where = Placement.fit(make_mesh(mesh), rules, held)
+    model, drafter = drafted(name, where)
+    decoder = SpeculativeDecoder(
+        model, drafter, valid_vocabulary=VOCAB, eos_ids=(), placement=where
+    )
+    batch = Slots(decoder, slots=4, lanes=4, max_len=64)
+    tokens: list[list[int]] = []
+    for first, places in ((0, (3, 0)), (2, (1, 3))):
+        for i, place in zip((first, first + 1), places, strict=True):
+            ids = PROMPTS[i]
+            for begin in range(0, len(ids) - 1, 16):
+                part = ids[begin : min(begin + 16, len(ids) - 1)]
+                batch.read([Chunk(place, begin, part, ids[begin + len(part)])], 16)
+            batch.restore(1, batch.snapshot(place))
+            budget = PARAMS[i].max_tokens
+            batch.insert(place, 1, (ids[-1], len(ids) - 1), PARAMS[i], i, budget)
+        found: dict[int, list[int]] = {place: [] for place in places}
+        for _ in range(3):
+            block = Block.of(jax.device_get(batch.decode()))
+            for place in places:
+                found[place] += [t for t in block.tokens[place].tolist() if t >= 0]
+        tokens += found.values()
+    assert tokens == on_one_device()
