@@ -71,6 +71,7 @@ class Seen:
       lengths: with speculation, how many tokens each round produced; 0 where a row was done.
       ticks: and what each round's verification and its drafting took, by the device's clock
         (`pallas_kernels.clock`); 0 where it has none.
+      width: how many tokens of a row were verified at once.
     """
 
     tokens: Int32[Array, "B n"]
@@ -78,6 +79,7 @@ class Seen:
     remaining: Int32[Array, " B"]
     lengths: Int32[Array, "B rounds"] | None = None
     ticks: Int32[Array, "B rounds 2"] | None = None
+    width: int = dataclasses.field(default=1, metadata={"static": True})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,9 +116,8 @@ class Block:
 
         logprobs = jax.tree.map(ordered, seen.logprobs)
         phases = np.asarray(seen.ticks) * clock.TICK
-        return cls(
-            ordered(tokens), logprobs, np.asarray(seen.lengths), phases if phases.any() else None
-        )
+        told = phases if phases.any() else None
+        return cls(ordered(tokens), logprobs, np.asarray(seen.lengths), told, seen.width)
 
     def first(self, rows: int) -> Block:
         """That of the first rows; log-probabilities stay as they are."""

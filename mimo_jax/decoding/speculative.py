@@ -117,16 +117,13 @@ class SpeculativeDecoder(Decoder):
         return {"rounds": ROUNDS, "width": self.width}
 
     def learn(self, block: Block, seconds: float | None) -> Block:
-        """As `Decoder.learn`; the width that it was made with is noted, and the next one chosen."""
-        if block.lengths is None:
-            return block
-        block = dataclasses.replace(block, width=self.width)
-        if self._adapts:
+        """As `Decoder.learn`; chooses how wide the next rounds are."""
+        if self._adapts and block.lengths is not None:
             policy = self._adaptive[self._rows]
             each = None if seconds is None else seconds / ROUNDS
             if each is not None and block.phases is not None:
                 each = float(block.phases.sum(axis=2).mean())
-            policy.learn(np.asarray(block.lengths), self.width, each)
+            policy.learn(block.lengths, block.width, each)
             self.width = policy.choose()
         return block
 
@@ -226,7 +223,7 @@ class SpeculativeDecoder(Decoder):
         tokens, logprobs = jax.tree.map(
             lambda a: a.reshape(a.shape[0], -1, *a.shape[3:]), (tokens, logprobs)
         )
-        return state, replicated(Seen(tokens, logprobs, state.remaining, lengths, ticks))
+        return state, replicated(Seen(tokens, logprobs, state.remaining, lengths, ticks, width))
 
     def _verify(
         self,
