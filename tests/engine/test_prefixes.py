@@ -123,10 +123,22 @@ def test_one_dispatch_writes_a_snapshot_once():
     lanes.add(Job("behind", (*ahead[:16], *range(50, 60)), 1))
     lanes.admit()
     assert [chunk.start for chunk in lanes.prefill().chunks] == [0, 8]
-    lanes.add(Job("waits", alike, 1))
+    lanes.add(Job("waits", alike[:25], 1))
     lanes.prefixes.cease_to_wait(another)
     chunks = lanes.prefill().chunks
     assert [(chunk.start, chunk.save_snapshot) for chunk in chunks] == [(8, 0), (16, None)]
+
+
+def test_what_is_ended_before_its_first_chunk_unpins_its_snapshot():
+    lanes = Lanes(lanes=2, chunk_sizes=SIZES, snapshots=1, lookahead=5)
+    first, second = (lanes.add(Job(i, prompt, 1)) for i, prompt in enumerate(family(0, 2)))
+    lanes.admit()
+    for _ in first.chunks[:-1]:
+        lanes.prefill()
+    lanes.admit()
+    assert (second.source, second.done) == (0, 3)
+    lanes.remove(second)
+    lanes.check()
 
 
 def test_a_pinned_snapshot_stays():
