@@ -82,10 +82,11 @@ class Scheduler:
       chunk_sizes: what T may be, ascending.
       snapshots: how many prefixes are kept; 0 shares none.
       prefill_share: prefill dispatches that there may be for each decode dispatch while rows
-        decode; a fraction is possible.  More favours throughput, less an even flow of tokens.
+        decode; a fraction is possible.  Less gives tokens in a more even flow, but a share with
+        which slots aren't filled as fast as they become free costs throughput.
       prefill_batch: while rows decode and other lanes are ready to be inserted, chunks wait until
         so many lanes have one, since a prefill dispatch costs the same for one lane as for all; by
-        default half of the lanes.
+        default all of them.  It delays nobody for whom a slot is free.
       steps: tokens that an unfinished row gets from a decode dispatch at least (its steps, or its
         rounds of speculation), so that the slot of a row that reaches its max_tokens is free
         without waiting for the report; 0 if unknown.
@@ -104,14 +105,14 @@ class Scheduler:
         chunk_sizes: Sequence[int],
         *,
         snapshots: int = 0,
-        prefill_share: float | int = 1,
+        prefill_share: float | int = 4,
         prefill_batch: int | None = None,
         steps: int = 0,
         in_flight: int = 2,
         lookahead: int = 32,
     ):
         if prefill_batch is None:
-            prefill_batch = max(1, lanes // 2)
+            prefill_batch = lanes
         for name, value, least in (
             ("slots", slots, 1),
             ("lanes", lanes, 1),

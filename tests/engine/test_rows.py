@@ -107,6 +107,26 @@ def test_chunks_wait_for_company_while_others_are_ready():
     assert sizes == [4, 4, 4, 1]
 
 
+def test_one_that_comes_while_others_decode_does_not_wait_for_company():
+    device, _ = make_device(lanes=4, steps=1, prompts=[Job("long", (1,), 40)])
+    device.has_eos = False
+    while not (device.log and isinstance(device.log[-1], Decode)):
+        device.step()
+    device.scheduler.submit(Job("new", (2,), 1))
+    device.run()
+    decodes = [i for i, action in enumerate(device.log) if isinstance(action, Decode)]
+    inserts = [i for i, action in enumerate(device.log) if isinstance(action, Insert)]
+    assert inserts[1] < decodes[2]
+
+
+def test_insertions_do_not_run_ahead_of_the_reports():
+    device, _ = make_device(prompts=[Job("a", (1,), 1, 100)])
+    while not device.scheduler.idle:
+        device.step()
+        assert len(device.outputs) <= 4
+    assert len(device.finished) == 100
+
+
 @pytest.mark.parametrize(
     ("length", "chunks"),
     [
