@@ -169,7 +169,7 @@ class SimulatedDevice:
             assert before.name in self.host_ended, "an unfinished row was overwritten"
         self._serials.add(row.serial)
         self.slots[row.slot] = now = DeviceRow(row, self.text(job, row.index))
-        return {row.slot: now.advance(1)}
+        return {row.slot: now.advance(0)}
 
     def _decode(self, action: Decode) -> dict[int, list[Token]]:
         assert action.rows

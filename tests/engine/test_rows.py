@@ -9,7 +9,7 @@ from mimo_jax.engine.scheduler import Scheduler
 
 
 def test_rows_that_reach_max_tokens_free_their_slots_at_once():
-    """Three completions of a first token and 2 x 4: with no dispatch between them."""
+    """Three completions of 2 x 4 tokens, with no dispatch between them."""
 
     def decodes(known: bool) -> int:
         device, _ = make_device(slots=1, steps=4)
@@ -17,9 +17,9 @@ def test_rows_that_reach_max_tokens_free_their_slots_at_once():
             device.scheduler._slots.steps = 0
         device.has_eos = False
         for i in range(3):
-            device.scheduler.submit(Job(i, (1, 2), 9))
+            device.scheduler.submit(Job(i, (1, 2), 8))
         device.run()
-        assert all(len(text) == 9 for text in device.texts.values())
+        assert all(len(text) == 8 for text in device.texts.values())
         return sum(isinstance(action, Decode) for action in device.log)
 
     assert decodes(known=True) == 6
@@ -28,7 +28,7 @@ def test_rows_that_reach_max_tokens_free_their_slots_at_once():
 
 def test_results_that_come_late_are_of_the_earlier_row():
     scheduler = Scheduler(1, 1, MAX_LEN, SIZES, steps=2)
-    old, new = Job("old", (1,), 3), Job("new", (2,), 3)
+    old, new = Job("old", (1,), 2), Job("new", (2,), 2)
     scheduler.submit(old)
     scheduler.submit(new)
     actions = []
@@ -39,7 +39,7 @@ def test_results_that_come_late_are_of_the_earlier_row():
     assert scheduler.report(actions[0]) == []
     decode = scheduler.next()
     assert isinstance(decode, Decode)
-    assert scheduler.report(actions[1], {0: Result(1, False)}) == [actions[1].row]
+    assert scheduler.report(actions[1], {0: Result(0, False)}) == [actions[1].row]
     insert = scheduler.next()
     assert isinstance(insert, Insert)
     assert (insert.row.slot, insert.row.job) == (0, new)
@@ -211,18 +211,23 @@ def test_reports_that_cannot_be_true():
     with pytest.raises(ValueError, match="report in order"):
         scheduler.report(decode, {0: Result(4, False)})
     with pytest.raises(ValueError, match=r"results of the slots \[1\], but .* rows in \[0\]"):
-        scheduler.report(insert, {1: Result(1, False)})
-    scheduler.report(insert, {0: Result(1, False)})
+        scheduler.report(insert, {1: Result(0, False)})
+    scheduler.report(insert, {0: Result(0, False)})
     with pytest.raises(ValueError, match=r"got 3 tokens and goes on, but .* at least 4"):
         scheduler.report(decode, {0: Result(3, False)})
 
     scheduler, insert = started(max_tokens=1)
-    with pytest.raises(ValueError, match="has 1 tokens and goes on; the device must end it with 1"):
-        scheduler.report(insert, {0: Result(1, False)})
-
-    scheduler, insert = started()
     decode = scheduler.next()
     assert decode is not None
-    scheduler.report(insert, {0: Result(1, True)})
+    scheduler.report(insert, {0: Result(0, False)})
+    with pytest.raises(ValueError, match="has 1 tokens and goes on; the device must end it with 1"):
+        scheduler.report(decode, {0: Result(1, False)})
+
+    scheduler, insert = started(max_tokens=20)
+    first, second = scheduler.next(), scheduler.next()
+    assert isinstance(first, Decode)
+    assert isinstance(second, Decode)
+    scheduler.report(insert, {0: Result(0, False)})
+    scheduler.report(first, {0: Result(2, True)})
     with pytest.raises(ValueError, match="got 2 tokens after it had ended"):
-        scheduler.report(decode, {0: Result(2, True)})
+        scheduler.report(second, {0: Result(2, True)})
