@@ -48,6 +48,11 @@ def read(use: Slots, lane: int, ids: Sequence[int], chunk: int, start: int = 0) 
         use.read([Chunk(lane, begin, ids[begin:end], ids[end])], chunk)
 
 
+def batch(name: str | None) -> Slots:
+    """Always of the same size: other sizes would be other programs to compile."""
+    return Slots(decoder(name), slots=3, lanes=2, max_len=MAX_LEN)
+
+
 def insert(use: Slots, slot: int, lane: int | None, i: int) -> None:
     ids = prompt(LENGTHS[i])
     use.insert(slot, lane, (ids[-1], len(ids) - 1), PARAMS[i], i, PARAMS[i].max_tokens)
@@ -75,7 +80,7 @@ def run(use: Slots, chunk: int, order: Sequence[int]) -> dict[int, list[int]]:
 @pytest.mark.parametrize("name", [None, "mtp", "dflash"])
 @pytest.mark.parametrize(("chunk", "order"), [(8, range(8)), (32, (6, 2, 7, 0, 4, 1, 3, 5))])
 def test_each_request_produces_what_it_does_alone(name, chunk, order):
-    use = Slots(decoder(name), slots=3, lanes=2, max_len=MAX_LEN)
+    use = batch(name)
     tokens = run(use, chunk, order)
     assert [tokens[i] for i in range(8)] == alone(name)
     assert any(t and t[-1] == 3 for t in alone(name))  # some end early
@@ -86,7 +91,7 @@ def test_reading_in_parts_proposes_what_reading_at_once_does(name):
     """Longer than windows and rings, so that what is carried from chunk to chunk matters."""
     held = []
     for chunk in (4, 80):
-        use = Slots(decoder(name), slots=1, lanes=2, max_len=MAX_LEN)
+        use = batch(name)
         read(use, 1, prompt(77), chunk)
         held.append(use.snapshot(1))
     (_, (in_parts, _)), (_, (at_once, _)) = held
@@ -94,7 +99,7 @@ def test_reading_in_parts_proposes_what_reading_at_once_does(name):
 
 
 def test_lanes_that_wait_keep_what_they_have_read():
-    use = Slots(decoder("mtp"), slots=2, lanes=2, max_len=MAX_LEN)
+    use = batch("mtp")
     first, second = prompt(33), prompt(40)
     read(use, 0, first[:18], 8)
     read(use, 1, second, 8)  # meanwhile the first lane waits, in the middle of its prompt
@@ -112,7 +117,7 @@ def test_lanes_that_wait_keep_what_they_have_read():
 
 @pytest.mark.parametrize("name", [None, "mtp", "dflash"])
 def test_requests_go_on_from_a_snapshot(name):
-    use = Slots(decoder(name), slots=2, lanes=2, max_len=MAX_LEN)
+    use = batch(name)
     ids = prompt(40)
     read(use, 0, ids[:17], 8)
     snapshot = use.snapshot(0)
@@ -130,7 +135,7 @@ def test_requests_go_on_from_a_snapshot(name):
 
 
 def test_a_row_that_is_ended_leaves_the_others():
-    use = Slots(decoder(None), slots=2, lanes=1, max_len=MAX_LEN)
+    use = batch(None)
     for slot, i in ((0, 3), (1, 7)):
         read(use, 0, prompt(LENGTHS[i]), 32)
         insert(use, slot, 0, i)
@@ -141,7 +146,7 @@ def test_a_row_that_is_ended_leaves_the_others():
 
 
 def test_nothing_is_compiled_once_every_shape_has_occurred():
-    use = Slots(decoder("dflash"), slots=3, lanes=2, max_len=MAX_LEN)
+    use = batch("dflash")
     run(use, 8, range(4))
     programs: list[Any] = [use.decoder._read, use.decoder._decode]
     compiled = [program._cache_size() for program in programs]
