@@ -15,12 +15,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Int32
 
+from pallas_kernels.triton import ANYWHERE
+
 # Seconds of a tick.
 TICK = 1024e-9
 # Ticks are counted up to this, 37 minutes, then from 0 again.
 WRAP = 2**31
 LANES = 32  # of a warp, which all read it
-ANYWHERE = pl.BlockSpec(memory_space=pl.ANY)
 _READ = """{
   .reg .u64 now;
   mov.u64 now, %globaltimer;

@@ -12,10 +12,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int, UInt16, UInt32
 
 from pallas_kernels.words import GROUPS, PTX_PLACE, TILE_COLUMNS, decode_mxfp4
+
+# Where a kernel itself says what it loads.
+ANYWHERE = pl.BlockSpec(memory_space=pl.ANY)
 
 
 def decode(

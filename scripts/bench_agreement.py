@@ -67,9 +67,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         outputs = lm.generate(prompts, greedy, batch_size=rows, **decoding)
         return [output.token_ids for output in outputs]
 
-    files = {"data": args.data and args.data.name, "out": args.out.name}
-    given = argparse.Namespace(**{**vars(args), **files})
-    result: dict[str, Any] = {"benchmark": "agreement", **circumstances(given), "cases": []}
+    result: dict[str, Any] = {"benchmark": "agreement", **circumstances(args), "cases": []}
     plain = tokens(args.rows[-1])
     cases: list[dict[str, Any]] = [{"rows": rows} for rows in args.rows[:-1]]
     for name in lm.drafters:

@@ -18,11 +18,15 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def circumstances(args: argparse.Namespace) -> dict[str, Any]:
-    """Machine, versions, commit and arguments of a result; no paths of this machine."""
+    """Machine, versions, commit and arguments of a result; files by their names alone."""
     packages = ("jax", "jaxlib", "flax", "numpy")
     hidden = ("torch_python", "out", "run", "cache")
     return {
-        "arguments": {k: v for k, v in vars(args).items() if k not in hidden},
+        "arguments": {
+            k: v.name if isinstance(v, Path) else v
+            for k, v in vars(args).items()
+            if k not in hidden
+        },
         "device": jax.devices()[0].device_kind,
         "devices": jax.device_count(),
         "cpu": cpu_model(),

@@ -293,10 +293,8 @@ def evaluate(args: argparse.Namespace) -> None:
 
 
 def _circumstances(args: argparse.Namespace) -> dict[str, Any]:
-    """What a result was made with; files by their names alone."""
-    plain = {k: v.name if isinstance(v, Path) else v for k, v in vars(args).items()}
-    plain["model"] = Path(args.model).name
-    return circumstances(argparse.Namespace(**plain))
+    """What a result was made with; the model by its name alone, as it may be a folder."""
+    return circumstances(argparse.Namespace(**{**vars(args), "model": Path(args.model).name}))
 
 
 def arguments() -> argparse.ArgumentParser:

@@ -14,8 +14,9 @@ import pytest
 from tiny import exact, tiny
 
 from mimo_jax.api import LanguageModel
-from mimo_jax.decoding.autoregressive import Block, Decoder
+from mimo_jax.decoding.autoregressive import Decoder
 from mimo_jax.decoding.sampling import SamplingParams
+from mimo_jax.decoding.state import Block
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=20)
 SAMPLED = SamplingParams(temperature=1.0, max_tokens=20, seed=7)

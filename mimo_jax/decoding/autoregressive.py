@@ -13,7 +13,7 @@ import functools
 import math
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any, no_type_check
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,11 +22,11 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from mimo_jax.decoding import sampling
 from mimo_jax.decoding.sampling import Logprobs, RowParams, SamplingParams
+from mimo_jax.decoding.state import Block, DecodeState, Seen
 from mimo_jax.model.backbone import MiMo
 from mimo_jax.model.cache import KVCache, init_cache
 from mimo_jax.model.placement import Placement
 from mimo_jax.quant import QuantizedArray, dequantize
-from pallas_kernels import clock
 from sharding import mesh
 from sharding.types import put, replicated
 
@@ -35,96 +35,6 @@ STEPS = 16
 SMALLEST_BUCKET = 32
 # Quantised models of up to this many bytes, when dense, are dense while they generate.
 EXPAND_BYTES = 2**30
-
-
-@no_type_check  # at run time: jax also puts what it knows of an array in an array's place
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class DecodeState:
-    """What a decoding loop carries.
-
-    Attributes:
-      cache: keys and values of all positions before `positions`.
-      tokens: the newest token of each row, whose keys are not in the cache yet.
-      positions: its position.
-      remaining: how many more tokens each row may produce; 0 when it is done.
-      drafts: with speculation, tokens [B, n] that may follow, and what the drafter carries.
-    """
-
-    cache: KVCache
-    tokens: Int32[Array, " B"]
-    positions: Int32[Array, " B"]
-    remaining: Int32[Array, " B"]
-    drafts: Any = None
-
-
-@no_type_check  # at run time: jax also puts what it knows of an array in an array's place
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Seen:
-    """What the host looks at after a dispatch, whole on every device (and so in every process).
-
-    Attributes:
-      tokens: produced tokens; -1 where there is none.
-      logprobs: of them [B, n, ...], if asked for.
-      remaining: how many more tokens each row may produce.
-      lengths: with speculation, how many tokens each round produced; 0 where a row was done.
-      ticks: and what each round's verification and its drafting took, by the device's clock
-        (`pallas_kernels.clock`); 0 where it has none.
-      width: how many tokens of a row were verified at once.
-    """
-
-    tokens: Int32[Array, "B n"]
-    logprobs: Logprobs | None
-    remaining: Int32[Array, " B"]
-    lengths: Int32[Array, "B rounds"] | None = None
-    ticks: Int32[Array, "B rounds 2"] | None = None
-    width: int = dataclasses.field(default=1, metadata={"static": True})
-
-
-@dataclasses.dataclass(frozen=True)
-class Block:
-    """Tokens that one dispatch produced, on the host.
-
-    Attributes:
-      tokens: int32 [B, n], a row's one after the other, then -1.
-      logprobs: as the device reported them ([B, n, ...]), if asked for.
-      lengths: with speculation, int32 [B, rounds]: how many of them each round produced, 0 where a
-        row was done.
-      phases: float64 [B, rounds, 2], seconds that each round took to verify and to draft; None if
-        the device doesn't tell.
-      width: how many tokens of a row these rounds verified at once.
-    """
-
-    tokens: np.ndarray
-    logprobs: Logprobs | None
-    lengths: np.ndarray | None = None
-    phases: np.ndarray | None = None
-    width: int = 1
-
-    @classmethod
-    def of(cls, seen: Seen) -> Block:
-        """From what the device reported, without the gaps that speculation leaves."""
-        if seen.lengths is None:
-            return cls(np.asarray(seen.tokens), seen.logprobs)
-        tokens = np.asarray(seen.tokens)
-        order = np.argsort(tokens < 0, axis=1, kind="stable")
-
-        def ordered(a: Any) -> np.ndarray:
-            a = np.asarray(a)
-            return np.take_along_axis(a, order.reshape(*order.shape, *[1] * (a.ndim - 2)), axis=1)
-
-        logprobs = jax.tree.map(ordered, seen.logprobs)
-        phases = np.asarray(seen.ticks) * clock.TICK
-        told = phases if phases.any() else None
-        return cls(ordered(tokens), logprobs, np.asarray(seen.lengths), told, seen.width)
-
-    def first(self, rows: int) -> Block:
-        """That of the first rows; log-probabilities stay as they are."""
-        parts = {"tokens": self.tokens, "lengths": self.lengths, "phases": self.phases}
-        return dataclasses.replace(
-            self, **{name: a if a is None else a[:rows] for name, a in parts.items()}
-        )
 
 
 def bucket(length: int, limit: int, smallest: int = SMALLEST_BUCKET) -> int:
@@ -238,12 +148,11 @@ class Decoder:
                 leaves, state, rows, ignore_eos, top_logprobs=top_logprobs, **self._options()
             )
 
-    def learn(self, block: Block, seconds: float | None) -> Block:
+    def learn(self, block: Block, seconds: float | None) -> None:
         """Looks at what a dispatch has produced, in how many seconds if nothing was compiled.
 
         The seconds are those until the host asked for it, if that was later.
         """
-        return block
 
     def blocks(
         self,
@@ -281,7 +190,8 @@ class Decoder:
                 seen, started = under_way
                 got = jax.device_get(seen)
                 seconds = started and time.perf_counter() - started
-                block = self.learn(Block.of(got), seconds)
+                block = Block.of(got)
+                self.learn(block, seconds)
                 # Before the host does anything with the tokens: the device shall not wait for it.
                 under_way = self._dispatch(run, got, stopped)
                 seen = seen if under_way is None else under_way[0]

@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from mimo_jax.decoding.autoregressive import Block
 from mimo_jax.decoding.draft_width import by_position
 from mimo_jax.decoding.sampling import Logprobs, SamplingParams
+from mimo_jax.decoding.state import Block
 from mimo_jax.tokenizer import StopChecker, StreamDecoder
 
 FinishReason = Literal["stop", "length"]

@@ -24,8 +24,9 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
 from mimo_jax.decoding import sampling
-from mimo_jax.decoding.autoregressive import Decoder, DecodeState, Seen
+from mimo_jax.decoding.autoregressive import Decoder
 from mimo_jax.decoding.sampling import SamplingParams
+from mimo_jax.decoding.state import DecodeState, Seen
 from sharding.types import axes_of, entries, on_mesh
 
 

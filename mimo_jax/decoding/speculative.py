@@ -25,10 +25,11 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int32
 
 from mimo_jax.decoding import sampling
-from mimo_jax.decoding.autoregressive import Block, Decoder, DecodeState, Seen
+from mimo_jax.decoding.autoregressive import Decoder
 from mimo_jax.decoding.draft_width import AdaptiveWidth
 from mimo_jax.decoding.drafters import Drafter, Rows
 from mimo_jax.decoding.sampling import RowParams, SamplingParams
+from mimo_jax.decoding.state import Block, DecodeState, Seen
 from mimo_jax.model.backbone import MiMo
 from mimo_jax.model.cache import KVCache
 from mimo_jax.model.placement import Placement
@@ -116,7 +117,7 @@ class SpeculativeDecoder(Decoder):
     def _options(self) -> dict[str, Any]:
         return {"rounds": ROUNDS, "width": self.width}
 
-    def learn(self, block: Block, seconds: float | None) -> Block:
+    def learn(self, block: Block, seconds: float | None) -> None:
         """As `Decoder.learn`; chooses how wide the next rounds are."""
         if self._adapts and block.lengths is not None:
             policy = self._adaptive[self._rows]
@@ -125,7 +126,6 @@ class SpeculativeDecoder(Decoder):
                 each = float(block.phases.sum(axis=2).mean())
             policy.learn(block.lengths, block.width, each)
             self.width = policy.choose()
-        return block
 
     def begin(self, rows: int) -> None:
         """As `Decoder.begin`; how wide rounds are best depends on the rows."""

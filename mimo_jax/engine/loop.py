@@ -11,10 +11,11 @@ from typing import Any
 
 import jax
 
-from mimo_jax.decoding.autoregressive import Block, Decoder, Seen
+from mimo_jax.decoding.autoregressive import Decoder
 from mimo_jax.decoding.outputs import GenerationOutput, Row, output_of
 from mimo_jax.decoding.sampling import SamplingParams, sample_seed
 from mimo_jax.decoding.slots import Chunk, Slots
+from mimo_jax.decoding.state import Block, Seen
 from mimo_jax.engine import actions
 from mimo_jax.engine.actions import Action, Decode, Insert, Job, Prefill, Result
 from mimo_jax.engine.scheduler import Scheduler, Stats
@@ -180,7 +181,8 @@ class Engine:
             self._scheduler.report(action, nothing)
             return
         got = jax.device_get(seen)
-        block = self._decoder.learn(Block.of(got), None)
+        block = Block.of(got)
+        self._decoder.learn(block, None)
         produced = (block.tokens >= 0).sum(axis=1)
         results = {
             row.slot: Result(int(produced[row.slot]), not got.remaining[row.slot])

@@ -16,8 +16,7 @@ from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.attention import online_softmax
-
-ANYWHERE = pl.BlockSpec(memory_space=pl.ANY)
+from pallas_kernels.triton import ANYWHERE
 
 
 @dataclasses.dataclass(frozen=True)

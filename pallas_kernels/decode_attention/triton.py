@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.attention import online_softmax
 from pallas_kernels.decode_attention.reference import MAX_QUERIES, refused
 from pallas_kernels.filling import up
+from pallas_kernels.triton import ANYWHERE
 
 MAX_ROWS = 256
 MAX_AT_ONCE = 256  # positions of a window
@@ -28,7 +29,6 @@ MIN_ROWS = MIN_KEYS = 16  # that a matrix instruction has
 # Programs that keep an H100's memory busy; more only add to what is to be summed.
 PROGRAMS = 128
 BFLOAT16_ROWS = 128  # from which on shares of bfloat16 results are stored as such
-ANYWHERE = pl.BlockSpec(memory_space=pl.ANY)
 
 
 @dataclasses.dataclass(frozen=True)

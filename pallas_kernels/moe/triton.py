@@ -23,12 +23,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.moe.combine import weighted_sum
 from pallas_kernels.packed import refused
-from pallas_kernels.triton import mxfp4_products
+from pallas_kernels.triton import ANYWHERE, mxfp4_products
 from pallas_kernels.words import TILE_COLUMNS, TILE_ROWS, MXFP4Words
 
 MAX_TOKENS = 64
 COLUMNS = 8  # tokens a program: the narrowest matrix instruction
-ANYWHERE = pl.BlockSpec(memory_space=pl.ANY)
 
 
 @dataclasses.dataclass(frozen=True)

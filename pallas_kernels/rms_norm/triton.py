@@ -12,9 +12,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float
 
+from pallas_kernels.triton import ANYWHERE
+
 MAX_ROWS = 256  # more fill the device, however they are cut
 MAX_COLUMNS = 16384  # that a program has in registers
-ANYWHERE = pl.BlockSpec(memory_space=pl.ANY)
 
 
 def unsupported(x: Any) -> str | None:

@@ -17,8 +17,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.attention.online_softmax import parts
 from pallas_kernels.decode_attention.reference import MAX_QUERIES
 from pallas_kernels.rotate_and_store.reference import Heads, rotary_angles
-
-ANYWHERE = pl.BlockSpec(memory_space=pl.ANY)
+from pallas_kernels.triton import ANYWHERE
 
 
 def unsupported(fused: Any, k_cache: Any, heads: Heads) -> str | None:

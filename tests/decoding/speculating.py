@@ -17,6 +17,7 @@ from mimo_jax.config import DFlashConfig
 from mimo_jax.decoding.autoregressive import Decoder
 from mimo_jax.decoding.drafters import DFlashDrafter, MTPDrafter
 from mimo_jax.decoding.sampling import SamplingParams
+from mimo_jax.decoding.speculative import SpeculativeDecoder
 from mimo_jax.model.dflash import DFlash
 from mimo_jax.model.mtp import MTP
 from mimo_jax.model.parameters import random_init
@@ -55,6 +56,13 @@ def drafter(name: str, seed: int = 3) -> Any:
     if name == "mtp":
         return MTPDrafter(MTP(model().config, 3, make), model().config)
     return DFlashDrafter(DFlash(DRAFTER, make))
+
+
+@functools.cache
+def ending_decoder(name: str | None) -> Decoder:
+    """Plain (None) or with a drafter; token 3 ends a row."""
+    how: dict[str, Any] = {"valid_vocabulary": VOCAB, "eos_ids": (3,)}
+    return SpeculativeDecoder(model(), drafter(name), **how) if name else Decoder(model(), **how)
 
 
 class Table(nnx.Module):

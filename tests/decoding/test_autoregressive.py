@@ -17,8 +17,9 @@ from checkpoint.release_format import make_release
 
 from mimo_jax import checkpoint
 from mimo_jax.decoding import autoregressive, sampling
-from mimo_jax.decoding.autoregressive import STEPS, Block, Decoder, bucket, expanded
+from mimo_jax.decoding.autoregressive import STEPS, Decoder, bucket, expanded
 from mimo_jax.decoding.sampling import SamplingParams
+from mimo_jax.decoding.state import Block, DecodeState
 from mimo_jax.model.cache import RING_SLACK, init_cache
 from mimo_jax.model.packing import abstract_packed
 from mimo_jax.quant import QuantizedArray
@@ -264,7 +265,7 @@ def test_requests_of_a_bucket_share_what_is_compiled():
 def decode_arguments(use: Decoder, max_len: int) -> tuple[Any, ...]:
     """Arguments of a decoding dispatch of one row."""
     newest = [jnp.full(1, value, jnp.int32) for value in (5, 0, 10)]
-    state = autoregressive.DecodeState(init_cache(use.config, 1, max_len), *newest)
+    state = DecodeState(init_cache(use.config, 1, max_len), *newest)
     return use._leaves, state, sampling.row_params([GREEDY], [0]), jnp.ones(1, bool)
 
 

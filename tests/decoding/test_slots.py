@@ -11,12 +11,11 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from decoding.speculating import VOCAB, drafter, generated, model, prompt
+from decoding.speculating import ending_decoder, generated, prompt
 
-from mimo_jax.decoding.autoregressive import Block, Decoder
 from mimo_jax.decoding.sampling import SamplingParams
 from mimo_jax.decoding.slots import Chunk, Slots
-from mimo_jax.decoding.speculative import SpeculativeDecoder
+from mimo_jax.decoding.state import Block
 
 MAX_LEN = 96
 LENGTHS = (1, 2, 9, 33, 40, 17, 26, 8)
@@ -27,16 +26,10 @@ PARAMS = [
 
 
 @functools.cache
-def decoder(name: str | None) -> Decoder:
-    eos: dict[str, Any] = {"valid_vocabulary": VOCAB, "eos_ids": (3,)}
-    return SpeculativeDecoder(model(), drafter(name), **eos) if name else Decoder(model(), **eos)
-
-
-@functools.cache
 def alone(name: str | None) -> list[list[int]]:
     """What each request produces in a batch of its own."""
     return [
-        generated(decoder(name), [prompt(n)], p, seeds=[i])[0][0]
+        generated(ending_decoder(name), [prompt(n)], p, seeds=[i])[0][0]
         for i, (n, p) in enumerate(zip(LENGTHS, PARAMS, strict=True))
     ]
 
@@ -50,12 +43,22 @@ def read(use: Slots, lane: int, ids: Sequence[int], chunk: int, start: int = 0) 
 
 def batch(name: str | None) -> Slots:
     """Always of the same size: other sizes would be other programs to compile."""
-    return Slots(decoder(name), slots=3, lanes=2, max_len=MAX_LEN)
+    return Slots(ending_decoder(name), slots=3, lanes=2, max_len=MAX_LEN)
 
 
 def insert(use: Slots, slot: int, lane: int | None, i: int) -> None:
     ids = prompt(LENGTHS[i])
     use.insert(slot, lane, (ids[-1], len(ids) - 1), PARAMS[i], i, PARAMS[i].max_tokens)
+
+
+def of_two(use: Slots) -> list[list[int]]:
+    """What the rows in the first two slots produce, to their ends."""
+    tokens: list[list[int]] = [[], []]
+    for _ in range(30):
+        block = Block.of(jax.device_get(use.decode()))
+        for slot in (0, 1):
+            tokens[slot] += [t for t in block.tokens[slot].tolist() if t >= 0]
+    return tokens
 
 
 def run(use: Slots, chunk: int, order: Sequence[int]) -> dict[int, list[int]]:
@@ -107,12 +110,7 @@ def test_lanes_that_wait_keep_what_they_have_read():
     read(use, 0, first, 8, start=25)
     insert(use, 0, 0, 3)
     insert(use, 1, 1, 4)
-    tokens: list[list[int]] = [[], []]
-    for _ in range(30):
-        block = Block.of(jax.device_get(use.decode()))
-        for slot in (0, 1):
-            tokens[slot] += [t for t in block.tokens[slot].tolist() if t >= 0]
-    assert tokens == [alone("mtp")[3], alone("mtp")[4]]
+    assert of_two(use) == [alone("mtp")[3], alone("mtp")[4]]
 
 
 @pytest.mark.parametrize("name", [None, "mtp", "dflash"])
@@ -126,12 +124,7 @@ def test_requests_go_on_from_a_snapshot(name):
         use.restore(lane, snapshot)
         read(use, lane, ids, 8, start=16)
         insert(use, lane, lane, 4)
-    found = [[], []]
-    for _ in range(30):
-        block = Block.of(jax.device_get(use.decode()))
-        for slot in (0, 1):
-            found[slot] += [t for t in block.tokens[slot].tolist() if t >= 0]
-    assert found == [alone(name)[4]] * 2
+    assert of_two(use) == [alone(name)[4]] * 2
 
 
 def test_a_row_that_is_ended_leaves_the_others():
@@ -155,7 +148,7 @@ def test_nothing_is_compiled_once_every_shape_has_occurred():
 
 
 def test_logprobs_are_reported_as_asked_for():
-    use = Slots(decoder(None), slots=1, lanes=1, max_len=MAX_LEN, top_logprobs=2)
+    use = Slots(ending_decoder(None), slots=1, lanes=1, max_len=MAX_LEN, top_logprobs=2)
     greedy = dataclasses.replace(PARAMS[0], temperature=0.0, logprobs=2)
     use.insert(0, None, (5, 0), greedy, 0, 4)
     got = jax.device_get(use.decode())

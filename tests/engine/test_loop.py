@@ -8,12 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from decoding.speculating import VOCAB, drafter, generated, model, prompt
+from decoding.speculating import ending_decoder, generated, prompt
 
-from mimo_jax.decoding.autoregressive import Decoder
 from mimo_jax.decoding.outputs import GenerationOutput, Row
 from mimo_jax.decoding.sampling import SamplingParams, sample_seed
-from mimo_jax.decoding.speculative import SpeculativeDecoder
 from mimo_jax.engine import loop
 from mimo_jax.engine.loop import Engine, Work
 
@@ -29,12 +27,6 @@ PROMPTS = [
     prompt(17),
     prompt(60),
 ]
-
-
-@functools.cache
-def decoder(name: str | None) -> Decoder:
-    how: dict[str, Any] = {"valid_vocabulary": VOCAB, "eos_ids": EOS}
-    return SpeculativeDecoder(model(), drafter(name), **how) if name else Decoder(model(), **how)
 
 
 def works() -> list[Work]:
@@ -56,7 +48,9 @@ def alone(name: str | None) -> dict[Any, list[list[int]]]:
     """What each request gets in batches of its own, from the static decoder."""
     return {
         w.key: [
-            generated(decoder(name), [w.tokens], w.params, seeds=[sample_seed(w.seed, k)])[0][0]
+            generated(ending_decoder(name), [w.tokens], w.params, seeds=[sample_seed(w.seed, k)])[
+                0
+            ][0]
             for k in range(w.params.n)
         ]
         for w in works()
@@ -70,7 +64,7 @@ def small_chunks(monkeypatch):
 
 def engine(name: str | None, **sizes: int) -> Engine:
     sizes = {"slots": 3, "lanes": 2, "max_len": MAX_LEN, "snapshots": 2, **sizes}
-    return Engine(decoder(name), lambda params: Row(params, None, EOS), **sizes)
+    return Engine(ending_decoder(name), lambda params: Row(params, None, EOS), **sizes)
 
 
 def completed(use: Engine, requests: Sequence[Work]) -> dict[Any, list[list[int]]]:

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 from decoding.speculating import DRAFTER, generated
 
-from mimo_jax.decoding.autoregressive import Block, Decoder
+from mimo_jax.decoding.autoregressive import Decoder
 from mimo_jax.decoding.drafters import DFlashDrafter, MTPDrafter, Rows
 from mimo_jax.decoding.sampling import SamplingParams
 from mimo_jax.decoding.slots import Chunk, Slots
 from mimo_jax.decoding.speculative import SpeculativeDecoder
+from mimo_jax.decoding.state import Block
 from mimo_jax.model.dflash import DFlash
 from mimo_jax.model.mtp import MTP
 from mimo_jax.model.parameters import Format, ParamSpec, parameters, random_init
