@@ -154,10 +154,10 @@ def _added(times: list[tuple[int, float]]) -> float | None:
     return (longer - shorter) / (more - fewer)
 
 
-def speculation(result: dict[str, Any]) -> str:
+def speculation(*results: dict[str, Any]) -> str:
     """Rounds of `bench_speculative.py`: times, break-even, and what is projected from them."""
     lines = []
-    for row in result["rows"]:
+    for row in (row for result in results for row in result["rows"]):
         projected = row.get("projected_tokens_s", {})
         lines.append(
             [
