@@ -9,11 +9,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mimo_jax.api import AcceptanceWarning, LanguageModel, load, save_pretrained
+    from mimo_jax.api import load, save_pretrained
     from mimo_jax.checkpoint import CheckpointError
     from mimo_jax.config import ConfigError, DFlashConfig, LayerSpec, MiMoConfig, presets
     from mimo_jax.decoding.outputs import Completion, GenerationOutput
     from mimo_jax.decoding.sampling import SamplingParams
+    from mimo_jax.language_model import AcceptanceWarning, LanguageModel
     from mimo_jax.model.backbone import MiMo
     from mimo_jax.model.cache import KVCache, init_cache
     from sharding.rules import ShardingRules
@@ -42,19 +43,20 @@ __all__ = [
 
 # Imported when first used: JAX takes two seconds to import, which `mimo-jax --help` can do without.
 _HOMES = {
-    "mimo_jax.api": ("AcceptanceWarning", "LanguageModel", "load", "save_pretrained"),
+    "mimo_jax.api": ("load", "save_pretrained"),
     "mimo_jax.checkpoint": ("CheckpointError",),
     "mimo_jax.config": ("ConfigError", "DFlashConfig", "LayerSpec", "MiMoConfig", "presets"),
     "mimo_jax.decoding.outputs": ("Completion", "GenerationOutput"),
     "mimo_jax.decoding.sampling": ("SamplingParams",),
+    "mimo_jax.language_model": ("AcceptanceWarning", "LanguageModel"),
     "mimo_jax.model.backbone": ("MiMo",),
     "mimo_jax.model.cache": ("KVCache", "init_cache"),
     "sharding.rules": ("ShardingRules",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 _MODULES = (
-    *("api", "checkpoint", "config", "decoding", "engine", "model", "planning", "quant"),
-    "tokenizer",
+    *("api", "checkpoint", "config", "decoding", "engine", "language_model", "model", "planning"),
+    *("quant", "tokenizer"),
 )
 
 

@@ -16,7 +16,11 @@ class NotEnoughMemoryError(ValueError):
     """Arrays that do not fit; the message says what is needed, what there is and what to do."""
 
 
-def check_memory(bytes_by_device: Mapping[Any, int], what: str = "the weights") -> None:
+def check_memory(
+    bytes_by_device: Mapping[Any, int],
+    what: str = "the weights",
+    advice: str = "split them over more devices with a larger mesh",
+) -> None:
     """Refuses arrays that do not fit in the memory that is free.
 
     Devices that tell their limit (GPUs, TPUs) are asked one by one; those on the CPU share the
@@ -25,6 +29,7 @@ def check_memory(bytes_by_device: Mapping[Any, int], what: str = "the weights") 
     Args:
       bytes_by_device: what will be allocated on each of this process's devices.
       what: the arrays, for the message.
+      advice: what would make them smaller.
 
     Raises:
       NotEnoughMemoryError: it does not fit; nothing has been allocated.
@@ -40,7 +45,7 @@ def check_memory(bytes_by_device: Mapping[Any, int], what: str = "the weights") 
         raise NotEnoughMemoryError(
             f"{what} need {needed / GIB:.2f} GiB on each of {len(devices)} devices "
             f"({devices[0].device_kind}), but {free / GIB:.2f} GiB of {limit / GIB:.2f} GiB are "
-            "free there; split them over more devices with a larger mesh, or free memory "
+            f"free there; {advice}, or free memory "
             "(XLA_PYTHON_CLIENT_MEM_FRACTION sets how much of a GPU jax may use)"
         )
     on_host = sum(n for device, n in bytes_by_device.items() if device.platform == "cpu")
@@ -48,7 +53,7 @@ def check_memory(bytes_by_device: Mapping[Any, int], what: str = "the weights") 
     if free is not None and on_host > free:
         raise NotEnoughMemoryError(
             f"{what} need {on_host / GIB:.2f} GiB of this host's memory, but {free / GIB:.2f} GiB "
-            "are available; use a machine with more memory, or devices with their own"
+            f"are available; {advice}, or use a machine with more memory, or devices with their own"
         )
 
 

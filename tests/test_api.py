@@ -21,8 +21,8 @@ from tiny import exact, tiny
 
 import mimo_jax as mj
 from mimo_jax import api, checkpoint
-from mimo_jax.api import LanguageModel
 from mimo_jax.decoding.sampling import SamplingParams
+from mimo_jax.language_model import LanguageModel
 from pallas_kernels.attention.reference import QUERY_BLOCK
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=20)

@@ -29,11 +29,18 @@ WITHIN = {
     "decoding": {"config", "quant", "model", "tokenizer"},
     "planning": {"config", "quant", "model"},
     "engine": {"config", "quant", "model", "decoding", "tokenizer"},
-    "api": {"config", "quant", "model", "checkpoint", "decoding", "engine", "tokenizer"},
-    ".": {"config", "quant", "model", "checkpoint", "decoding", "engine", "tokenizer", "api"},
+    "language_model": {"config", "quant", "model", "checkpoint", "decoding", "engine", "tokenizer"},
+    "api": {
+        *("config", "quant", "model", "checkpoint", "decoding", "engine", "tokenizer"),
+        "language_model",
+    },
+    ".": {
+        *("config", "quant", "model", "checkpoint", "decoding", "engine", "tokenizer"),
+        *("language_model", "api"),
+    },
     "cli": {
-        *("config", "quant", "model", "checkpoint", "decoding", "engine", "tokenizer", "api"),
-        *("planning", "."),
+        *("config", "quant", "model", "checkpoint", "decoding", "engine", "tokenizer"),
+        *("language_model", "api", "planning", "."),
     },
     "__main__": {"cli"},
 }

@@ -17,9 +17,9 @@ from mimo_jax.cli.console import INTERRUPTED, printable, readable_errors
 from sharding import distributed as jobs
 
 if TYPE_CHECKING:
-    from mimo_jax.api import LanguageModel, Stream
     from mimo_jax.decoding.outputs import GenerationOutput
     from mimo_jax.engine.metrics import CompileClock
+    from mimo_jax.language_model import LanguageModel, Stream
 
 
 def generate(

@@ -20,7 +20,7 @@ from mimo_jax.engine.requests import Failure, Request
 from mimo_jax.engine.results import Results
 
 if TYPE_CHECKING:
-    from mimo_jax.api import LanguageModel
+    from mimo_jax.language_model import LanguageModel
 
 
 @dataclasses.dataclass

@@ -28,6 +28,7 @@ from mimo_jax.model.cache import KVCache, init_cache
 from mimo_jax.model.placement import Placement
 from mimo_jax.quant import QuantizedArray, dequantize
 from sharding import mesh
+from sharding.memory import check_memory
 from sharding.types import put, replicated
 
 # Tokens a dispatch: enough to hide the dispatch, few enough for text to stream.
@@ -80,6 +81,7 @@ class Decoder:
         self.valid_vocabulary = valid_vocabulary
         self.eos_ids = tuple(eos_ids)
         self._leaves, self._treedef = jax.tree.flatten(self._modules(model), is_leaf=_is_quantized)
+        self._ways = 1 if placement is None else placement.batch_ways
         self._ran: set[tuple[Any, ...]] = set()
         static = ("top_logprobs",)
         self._prefill = jax.jit(self._prefill_step, static_argnames=static, donate_argnames="held")
@@ -232,15 +234,14 @@ class Decoder:
         max_len: int | None,
     ) -> tuple[_Run, Seen]:
         """Runs the prompts; the arguments are those of `blocks`."""
-        limit = self._check_lengths(prompts, max_len)
+        limit = self.check_lengths(prompts, max_len)
         real = len(prompts)
         budget = [min(p.max_tokens, limit - len(t)) for t, p in zip(prompts, params, strict=True)]
         longest = max(len(t) + b for t, b in zip(prompts, budget, strict=True))
         cache_len = bucket(longest, limit, 256) if max_len is None else max_len
         # Batches are padded to powers of two, then to what the mesh divides, with rows that never
         # start.
-        ways = 1 if self.placement is None else self.placement.batch_ways
-        rows = -(-bucket(real, 1 << 30, 1) // ways) * ways
+        rows = -(-bucket(real, 1 << 30, 1) // self._ways) * self._ways
         empty: list[int] = []
         prompts = [*prompts, *[empty] * (rows - real)]
         params = [*params, *[SamplingParams(temperature=0.0)] * (rows - real)]
@@ -298,7 +299,32 @@ class Decoder:
             return jax.device_put(tree)
         return put(tree, self.placement.mesh, *self.placement.rules.spec(["batch"]))
 
-    def _check_lengths(self, prompts: Sequence[Sequence[int]], max_len: int | None) -> int:
+    def check_memory(self, rows: int, max_len: int) -> None:
+        """Refuses caches that don't fit in the memory that is free.
+
+        Raises:
+          NotEnoughMemoryError: that many rows of that length don't; says what would help.
+        """
+        # A small one shows how they are split, which shapes don't.
+        small = jax.tree.leaves(self.empty(self._ways, min(max_len, SMALLEST_BUCKET)))
+        whole = jax.tree.leaves(jax.eval_shape(lambda: self.empty(rows, max_len)))
+        size = sum(
+            math.prod(a.sharding.shard_shape(b.shape)) * a.dtype.itemsize
+            for a, b in zip(small, whole, strict=True)
+        )
+        devices = small[0].sharding.addressable_devices
+        check_memory(
+            dict.fromkeys(devices, size),
+            f"{rows} rows of a cache of {max_len} positions",
+            "decode fewer completions together (batch_size), make the cache shorter (max_len)",
+        )
+
+    def check_lengths(self, prompts: Sequence[Sequence[int]], max_len: int | None) -> int:
+        """The positions that a row of the cache has at most.
+
+        Raises:
+          ValueError: a prompt is empty, or longer than the model or the cache allows.
+        """
         limit = self.config.max_position_embeddings
         what = "the model's max_position_embeddings"
         if max_len is not None and max_len < limit:

@@ -48,8 +48,10 @@ class Metrics:
     """Timing of a request, in seconds of wall clock; compilation counts where it happens.
 
     Attributes:
-      ttft_s: from the start of its batch to its first token.
-      tpot_s: a token, from the first to the last; 0 for a single token.
+      ttft_s: from when it was taken up, before others that came earlier may have been done, to its
+        first token.
+      tpot_s: a token, of those that came after the first; tokens come several at a time, and it is
+        0 if all came with the first.
       prompt_tokens, generated_tokens: counts, the latter over all completions.
       acceptance_lengths: tokens that each speculative round produced; empty without speculation.
       draft_widths: tokens that it verified at once.
@@ -188,7 +190,7 @@ def output_of(prompt: list[int], rows: Sequence[tuple[Row, float]]) -> Generatio
     """
     completions = tuple(row.completion() for row, _ in rows)
     times = [(row.token_times, started) for row, started in rows]
-    spans = [(t[-1] - t[0], len(t) - 1) for t, _ in times if len(t) > 1]
+    spans = [(t[-1] - t[0], len(t) - t.count(t[0])) for t, _ in times if t]
     steps = sum(n for _, n in spans)
     phases = [row.phases for row, _ in rows if row.phases is not None]
     verify_s, draft_s = np.sum(phases, axis=0).tolist() if phases else (None, None)

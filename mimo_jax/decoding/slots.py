@@ -1,7 +1,7 @@
 """A decode batch whose rows come and go, for continuous batching.
 
 A row of the batch is a slot.  Prompts are read beside the slots, in lanes with caches of their own,
-a chunk at a time; what has been read is copied into a slot, where the row goes on.  All shapes are
+a piece at a time; what has been read is copied into a slot, where the row goes on.  All shapes are
 fixed, so nothing is compiled once each has occurred, and nothing has to be cleared: caches are
 located by position (`mimo_jax.model.cache`).
 
@@ -31,7 +31,7 @@ from sharding.types import axes_of, entries, on_mesh
 
 
 @dataclasses.dataclass(frozen=True)
-class Chunk:
+class Piece:
     """Part of a prompt, and where it is read.
 
     Attributes:
@@ -86,16 +86,16 @@ class Slots:
         self._params = (sampling.row_params(nobody, [0] * slots), np.ones(slots, bool))
         self._placed = decoder.put(self._params)
 
-    def read(self, chunks: Sequence[Chunk], length: int) -> None:
-        """Reads chunks of at most `length` tokens, each in its own lane."""
+    def read(self, pieces: Sequence[Piece], length: int) -> None:
+        """Reads pieces of at most `length` tokens, each in its own lane."""
         shape = (self.lanes, length)
         tokens, following = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
         positions = np.full(shape, -1, np.int32)
-        for chunk in chunks:
-            n = len(chunk.tokens)
-            tokens[chunk.lane, :n] = chunk.tokens
-            following[chunk.lane, :n] = [*chunk.tokens[1:], chunk.following]
-            positions[chunk.lane, :n] = np.arange(chunk.start, chunk.start + n)
+        for piece in pieces:
+            n = len(piece.tokens)
+            tokens[piece.lane, :n] = piece.tokens
+            following[piece.lane, :n] = [*piece.tokens[1:], piece.following]
+            positions[piece.lane, :n] = np.arange(piece.start, piece.start + n)
         tokens, positions, following = self.decoder.put((tokens, positions, following))
         self._lanes = self.decoder.read(self._leaves, tokens, positions, following, self._lanes)
 

@@ -14,16 +14,24 @@ import jax
 from mimo_jax.decoding.autoregressive import Decoder
 from mimo_jax.decoding.outputs import GenerationOutput, Row, output_of
 from mimo_jax.decoding.sampling import SamplingParams, sample_seed
-from mimo_jax.decoding.slots import Chunk, Slots
+from mimo_jax.decoding.slots import Piece, Slots
 from mimo_jax.decoding.state import Block, Seen
-from mimo_jax.engine import actions
-from mimo_jax.engine.actions import Action, Decode, Insert, Job, Prefill, Result
+from mimo_jax.engine.actions import Action, Chunk, Decode, Insert, Job, Prefill, Result
 from mimo_jax.engine.scheduler import Scheduler, Stats
+from sharding import distributed
 
 # Tokens of a prompt that are read at once: the largest as often as it goes, then one for the rest.
+# Those of all lanes together are at most as many as the largest, so that rows that decode meanwhile
+# never wait for long.
 CHUNK_SIZES = (32, 128, 512, 2048)
+# In a job of several processes, dispatches after which all hear whether one wants to drain.
+AGREE = 16
+# Seconds between looks for a request that hasn't come yet.
+PAUSE = 1e-3
 # Requests that are taken before they can begin, so that prefixes that several have are seen.
 AHEAD = 64
+
+Ended = tuple[Hashable, GenerationOutput]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,12 +43,32 @@ class Work:
       tokens: of the prompt, at least one.
       params: how it is sampled; `n` of it are made.
       seed: of its randomness.
+      since: from when on its time counts, of `time.perf_counter`; None for when it is taken up.
     """
 
     key: Hashable
     tokens: list[int]
     params: SamplingParams
     seed: int
+    since: float | None = None
+
+
+@dataclasses.dataclass
+class Totals:
+    """What an engine did so far.
+
+    Attributes:
+      requests: that have ended.
+      prompt_tokens, generated_tokens: of requests that have ended, and of all that were begun.
+      rounds: of speculation.
+      decodes: dispatches of steps.
+    """
+
+    requests: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    rounds: int = 0
+    decodes: int = 0
 
 
 @dataclasses.dataclass
@@ -69,8 +97,12 @@ class Engine:
       snapshots: how many prefixes of prompts are kept, for requests that begin alike.
       top_logprobs: the most that a request asks for; None if none does.
 
+    Attributes:
+      max_len: as given.
+      totals: what it did so far.
+
     Raises:
-      ValueError: as `Slots`.
+      ValueError, ShardingError: as `Slots`.
     """
 
     def __init__(
@@ -88,37 +120,54 @@ class Engine:
         self._device = Slots(
             decoder, slots=slots, lanes=lanes, max_len=max_len, top_logprobs=top_logprobs
         )
-        sizes = [size for size in CHUNK_SIZES if size < max_len]
+        self.max_len = max_len
+        self.totals = Totals()
+        most = min(max_len - 1, max(CHUNK_SIZES[0], CHUNK_SIZES[-1] // lanes))
+        sizes = [size for size in CHUNK_SIZES if size <= most]
         self._scheduler = Scheduler(
-            slots, lanes, max_len, sizes or [max_len], snapshots=snapshots, steps=decoder.least
+            slots, lanes, max_len, sizes or [most], snapshots=snapshots, steps=decoder.least
         )
         self._snapshots: dict[int, Any] = {}
         self._open: dict[Hashable, _Open] = {}
         self._rows: dict[int, Row] = {}
+        self._draining = self._agreed = False
+        self._ran: set[int] = set()  # widths of rounds whose program has run
+        self._decoded: float | None = None  # when, if the last thing looked at was a Decode
 
     @property
     def stats(self) -> Stats:
         """What goes on at the moment."""
         return self._scheduler.stats
 
-    def run(self, requests: Iterable[Work]) -> Iterator[tuple[Hashable, GenerationOutput]]:
-        """Completes requests, and yields each one's key and output when it has ended.
+    def drain(self) -> None:
+        """Makes `run` end when the requests under way have ended; no other ones begin any more.
 
-        Requests are taken as they are needed.
+        A signal's handler may call it.  In a job of several processes it counts what process 0 is
+        told.
+        """
+        self._draining = True
+
+    def run(self, requests: Iterable[Work | None]) -> Iterator[list[Ended]]:
+        """Completes requests.
+
+        Requests are taken as they are needed.  They may come later: an iterator says by None that
+        there is none at present.
+
+        Yields:
+          After every dispatch of steps the requests that have ended with it, often none.
 
         Raises:
           ValueError: a prompt is empty or longer than the cache.
         """
-        coming = iter(requests)
+        coming, more = iter(requests), True
         sent: collections.deque[tuple[Action, Seen | None]] = collections.deque()
-        more = True
         try:
             while True:
-                while more and self._scheduler.waiting < AHEAD:
-                    work = next(coming, None)
-                    more = work is not None
-                    if work is not None:
-                        self._submit(work)
+                if self._ends_early:
+                    for key in self._scheduler.drain():
+                        del self._open[key]
+                    more = False
+                more = more and self._take_up(coming)
                 action = self._scheduler.next()
                 if action is not None:
                     sent.append((action, self._dispatch(action)))
@@ -126,23 +175,43 @@ class Engine:
                     yield from self._look_at(*sent.popleft())
                 elif not more:
                     return
+                else:
+                    self._decoded = None
+                    time.sleep(PAUSE)
         finally:
             # After Ctrl-C steps may be under way; a process that ends meanwhile is aborted.
             jax.block_until_ready([seen for _, seen in sent])
 
+    def _take_up(self, coming: Iterator[Work | None]) -> bool:
+        """Takes the next requests, and says whether there may be more."""
+        while self._scheduler.waiting < AHEAD:
+            try:
+                work = next(coming)
+            except StopIteration:
+                return False
+            if work is None:
+                return True
+            self._submit(work)
+        return True
+
+    @property
+    def _ends_early(self) -> bool:
+        return self._agreed if jax.process_count() > 1 else self._draining
+
     def _submit(self, work: Work) -> None:
-        params, room = work.params, self._device.max_len - len(work.tokens)
+        params, room = work.params, self.max_len - len(work.tokens)
         if not work.tokens or room < 1:
             raise ValueError(
                 f"the prompt of {work.key!r} has {len(work.tokens)} tokens; a row of the cache has "
-                f"{self._device.max_len} positions, for prompt and completion: shorten it"
+                f"{self.max_len} positions, for prompt and completion: shorten it"
             )
         # The last token is not read but is the newest of its slot.  (Where it is the only one it
         # is both, which changes nothing.)
         read = work.tokens[:-1] or work.tokens
         self._scheduler.submit(Job(work.key, read, min(params.max_tokens, room), params.n))
         rows = [self._new_row(params) for _ in range(params.n)]
-        self._open[work.key] = _Open(work, time.perf_counter(), rows, params.n)
+        started = time.perf_counter() if work.since is None else work.since
+        self._open[work.key] = _Open(work, started, rows, params.n)
 
     def _dispatch(self, action: Action) -> Seen | None:
         match action:
@@ -150,7 +219,7 @@ class Engine:
                 for chunk in action.chunks:
                     if chunk.from_snapshot is not None:
                         self._device.restore(chunk.lane, self._snapshots[chunk.from_snapshot])
-                self._device.read([self._chunk(chunk) for chunk in action.chunks], action.T)
+                self._device.read([self._piece(chunk) for chunk in action.chunks], action.T)
                 for chunk in action.chunks:
                     if chunk.save_snapshot is not None:
                         self._snapshots[chunk.save_snapshot] = self._device.snapshot(chunk.lane)
@@ -168,38 +237,60 @@ class Engine:
                 return self._device.decode()
         return None
 
-    def _chunk(self, chunk: actions.Chunk) -> Chunk:
+    def _piece(self, chunk: Chunk) -> Piece:
         prompt, end = self._open[chunk.job.key].work.tokens, chunk.start + len(chunk.tokens)
-        return Chunk(chunk.lane, chunk.start, chunk.tokens, prompt[min(end, len(prompt) - 1)])
+        return Piece(chunk.lane, chunk.start, chunk.tokens, prompt[min(end, len(prompt) - 1)])
 
-    def _look_at(
-        self, action: Action, seen: Seen | None
-    ) -> Iterator[tuple[Hashable, GenerationOutput]]:
-        """Takes what an action gave; yields what has ended by it."""
+    def _look_at(self, action: Action, seen: Seen | None) -> Iterator[list[Ended]]:
+        """Takes what an action gave; yields what has ended by a Decode."""
         if not isinstance(action, Decode):
-            nothing = {action.row.slot: Result(0, False)} if isinstance(action, Insert) else {}
-            self._scheduler.report(action, nothing)
+            self._scheduler.report(action)
+            self._decoded = None
             return
         got = jax.device_get(seen)
         block = Block.of(got)
-        self._decoder.learn(block, None)
+        self._learn(block)
         produced = (block.tokens >= 0).sum(axis=1)
         results = {
             row.slot: Result(int(produced[row.slot]), not got.remaining[row.slot])
             for row in action.rows
         }
+        self.totals.decodes += 1
+        if jax.process_count() > 1 and self.totals.decodes % AGREE == 0:
+            wanted = distributed.from_leader("whether to drain", str(int(self._draining)))
+            self._agreed = wanted == "1"
+        ended = []
         for row in self._scheduler.report(action, results):
-            taken = self._rows[row.serial]
-            taken.take(block, row.slot)
-            done = results[row.slot].ended
+            slot, taken = row.slot, self._rows[row.serial]
+            taken.take(block, slot)
+            self.totals.generated_tokens += results[slot].tokens
+            if block.lengths is not None:
+                self.totals.rounds += int((block.lengths[slot] > 0).sum())
+            done = results[slot].ended
             if taken.ended and not done:
                 self._scheduler.end(row.job.key, row.index)
             if taken.ended or done:
                 taken.finish()
                 del self._rows[row.serial]
-                ended = self._open[row.job.key]
-                ended.left -= 1
-                if not ended.left:
-                    del self._open[row.job.key]
-                    rows = [(r, ended.started) for r in ended.completions]
-                    yield row.job.key, output_of(ended.work.tokens, rows)
+                ended += self._completed(row.job.key)
+        yield ended
+
+    def _learn(self, block: Block) -> None:
+        """Tells the decoder what a Decode gave, and what time it took if that is known: where
+        nothing was compiled, and nothing else was done, since the one before."""
+        before, self._decoded = self._decoded, time.perf_counter()
+        seconds = None if before is None or block.width not in self._ran else self._decoded - before
+        self._ran.add(block.width)
+        self._decoder.learn(block, seconds)
+
+    def _completed(self, key: Hashable) -> list[Ended]:
+        """Counts a completion of a request; the request, if it was the last one."""
+        request = self._open[key]
+        request.left -= 1
+        if request.left:
+            return []
+        del self._open[key]
+        output = output_of(request.work.tokens, [(r, request.started) for r in request.completions])
+        self.totals.requests += 1
+        self.totals.prompt_tokens += len(request.work.tokens)
+        return [(key, output)]

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from mimo_jax.engine.actions import Action, Decode, Insert, Job, Prefill, Result, Row
 from mimo_jax.engine.lanes import Lanes, Prompt
-from mimo_jax.engine.slots import Slots
+from mimo_jax.engine.rows import Rows
 
 
 class Stats(NamedTuple):
@@ -139,7 +139,7 @@ class Scheduler:
         self._lane_count = lanes
         self._tasks: dict[Hashable, _Task] = {}
         self._lanes = Lanes(lanes, sizes, snapshots, lookahead)
-        self._slots = Slots(slots, steps)
+        self._slots = Rows(slots, steps)
         self._unreported: deque[Action] = deque()
         self._unreported_inserts = 0
         self._serial = 0
@@ -251,7 +251,7 @@ class Scheduler:
 
         Args:
           action: the one whose dispatch is longest ago of those that aren't reported.
-          results: of each row of an Insert or Decode, by slot.
+          results: of each row of a Decode, by slot.
 
         Returns:
           The rows whose tokens are to be kept.  Others had ended before, by the host or by what was
@@ -265,7 +265,7 @@ class Scheduler:
         if not self._unreported or self._unreported[0] is not action:
             expected = self._unreported[0] if self._unreported else "none"
             raise ValueError(f"{action} is reported; expected {expected}: report in order")
-        rows = _rows(action)
+        rows = action.rows if isinstance(action, Decode) else ()
         if set(results) != {row.slot for row in rows}:
             raise ValueError(
                 f"there are results of the slots {sorted(results)}, but the action has rows in "
@@ -273,8 +273,7 @@ class Scheduler:
             )
         self._unreported.popleft()
         self._unreported_inserts -= isinstance(action, Insert)
-        least = 0 if isinstance(action, Insert) else self._slots.steps
-        kept = self._slots.report(rows, results, least)
+        kept = self._slots.report(rows, results)
         for row in kept:
             if results[row.slot].ended:
                 task = self._tasks[row.job.key]
@@ -320,7 +319,8 @@ class Scheduler:
 
     def check(self) -> None:
         """Compares what is stored twice; raises AssertionError."""
-        unreported = Counter(row for action in self._unreported for row in _rows(action))
+        decodes = [action for action in self._unreported if isinstance(action, Decode)]
+        unreported = Counter(row for action in decodes for row in action.rows)
         inserts = [action for action in self._unreported if isinstance(action, Insert)]
         assert len(inserts) == self._unreported_inserts
         unfinished = [row for task in self._tasks.values() for row in task.rows.values()]
@@ -332,9 +332,3 @@ class Scheduler:
             assert task.prompt.job.key == key
             assert task.to_insert or task.rows
             assert not set(task.to_insert) & set(task.rows)
-
-
-def _rows(action: Action) -> tuple[Row, ...]:
-    if isinstance(action, Decode):
-        return action.rows
-    return (action.row,) if isinstance(action, Insert) else ()

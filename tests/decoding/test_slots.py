@@ -14,7 +14,7 @@ import pytest
 from decoding.speculating import ending_decoder, generated, prompt
 
 from mimo_jax.decoding.sampling import SamplingParams
-from mimo_jax.decoding.slots import Chunk, Slots
+from mimo_jax.decoding.slots import Piece, Slots
 from mimo_jax.decoding.state import Block
 
 MAX_LEN = 96
@@ -38,7 +38,7 @@ def read(use: Slots, lane: int, ids: Sequence[int], chunk: int, start: int = 0) 
     """All but the last token, in chunks."""
     for begin in range(start, len(ids) - 1, chunk):
         end = min(begin + chunk, len(ids) - 1)
-        use.read([Chunk(lane, begin, ids[begin:end], ids[end])], chunk)
+        use.read([Piece(lane, begin, ids[begin:end], ids[end])], chunk)
 
 
 def batch(name: str | None) -> Slots:
@@ -106,7 +106,7 @@ def test_lanes_that_wait_keep_what_they_have_read():
     first, second = prompt(33), prompt(40)
     read(use, 0, first[:18], 8)
     read(use, 1, second, 8)  # meanwhile the first lane waits, in the middle of its prompt
-    use.read([Chunk(0, 17, first[17:25], first[25])], 8)
+    use.read([Piece(0, 17, first[17:25], first[25])], 8)
     read(use, 0, first, 8, start=25)
     insert(use, 0, 0, 3)
     insert(use, 1, 1, 4)

@@ -123,7 +123,7 @@ class SimulatedDevice:
         if isinstance(action, Prefill):
             self._prefill(action)
         elif isinstance(action, Insert):
-            tokens = self._insert(action)
+            self._insert(action)
         else:
             tokens = self._decode(action)
         ended = {slot: row.ended for slot, row in enumerate(self.slots) if row and slot in tokens}
@@ -157,7 +157,7 @@ class SimulatedDevice:
                 assert all(len(part.tokens) == self.sizes[-1] for part in cache)
                 self.snapshots[chunk.save_snapshot] = cache
 
-    def _insert(self, action: Insert) -> dict[int, list[Token]]:
+    def _insert(self, action: Insert) -> None:
         row, before = action.row, self.slots[action.row.slot]
         job, cache = self.lanes[action.lane]
         assert job is row.job
@@ -168,8 +168,7 @@ class SimulatedDevice:
         if before is not None and not before.ended:
             assert before.name in self.host_ended, "an unfinished row was overwritten"
         self._serials.add(row.serial)
-        self.slots[row.slot] = now = DeviceRow(row, self.text(job, row.index))
-        return {row.slot: now.advance(0)}
+        self.slots[row.slot] = DeviceRow(row, self.text(job, row.index))
 
     def _decode(self, action: Decode) -> dict[int, list[Token]]:
         assert action.rows

@@ -69,9 +69,10 @@ def engine(name: str | None, **sizes: int) -> Engine:
 
 def completed(use: Engine, requests: Sequence[Work]) -> dict[Any, list[list[int]]]:
     found: dict[Any, GenerationOutput] = {}
-    for key, output in use.run(iter(requests)):
-        assert key not in found
-        found[key] = output
+    for ended in use.run(iter(requests)):
+        for key, output in ended:
+            assert key not in found
+            found[key] = output
     return {key: [c.token_ids for c in output.completions] for key, output in found.items()}
 
 

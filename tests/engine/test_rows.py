@@ -39,7 +39,7 @@ def test_results_that_come_late_are_of_the_earlier_row():
     assert scheduler.report(actions[0]) == []
     decode = scheduler.next()
     assert isinstance(decode, Decode)
-    assert scheduler.report(actions[1], {0: Result(0, False)}) == [actions[1].row]
+    assert scheduler.report(actions[1]) == []
     insert = scheduler.next()
     assert isinstance(insert, Insert)
     assert (insert.row.slot, insert.row.job) == (0, new)
@@ -210,16 +210,16 @@ def test_reports_that_cannot_be_true():
     assert decode is not None
     with pytest.raises(ValueError, match="report in order"):
         scheduler.report(decode, {0: Result(4, False)})
+    scheduler.report(insert)
     with pytest.raises(ValueError, match=r"results of the slots \[1\], but .* rows in \[0\]"):
-        scheduler.report(insert, {1: Result(0, False)})
-    scheduler.report(insert, {0: Result(0, False)})
+        scheduler.report(decode, {1: Result(4, False)})
     with pytest.raises(ValueError, match=r"got 3 tokens and goes on, but .* at least 4"):
         scheduler.report(decode, {0: Result(3, False)})
 
     scheduler, insert = started(max_tokens=1)
     decode = scheduler.next()
     assert decode is not None
-    scheduler.report(insert, {0: Result(0, False)})
+    scheduler.report(insert)
     with pytest.raises(ValueError, match="has 1 tokens and goes on; the device must end it with 1"):
         scheduler.report(decode, {0: Result(1, False)})
 
@@ -227,7 +227,7 @@ def test_reports_that_cannot_be_true():
     first, second = scheduler.next(), scheduler.next()
     assert isinstance(first, Decode)
     assert isinstance(second, Decode)
-    scheduler.report(insert, {0: Result(0, False)})
+    scheduler.report(insert)
     scheduler.report(first, {0: Result(2, True)})
     with pytest.raises(ValueError, match="got 2 tokens after it had ended"):
         scheduler.report(second, {0: Result(2, True)})

@@ -7,9 +7,9 @@ import numpy as np
 from two_processes import run_in_processes
 
 from mimo_jax import checkpoint
-from mimo_jax.api import LanguageModel
 from mimo_jax.checkpoint import Loaded, release_layout
 from mimo_jax.decoding.sampling import SamplingParams
+from mimo_jax.language_model import LanguageModel
 from mimo_jax.model.parameters import Format, ParamSpec, parameters
 from mimo_jax.model.placement import Placement
 from sharding import distributed

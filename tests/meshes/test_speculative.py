@@ -14,7 +14,7 @@ from decoding.speculating import DRAFTER, generated
 from mimo_jax.decoding.autoregressive import Decoder
 from mimo_jax.decoding.drafters import DFlashDrafter, MTPDrafter, Rows
 from mimo_jax.decoding.sampling import SamplingParams
-from mimo_jax.decoding.slots import Chunk, Slots
+from mimo_jax.decoding.slots import Piece, Slots
 from mimo_jax.decoding.speculative import SpeculativeDecoder
 from mimo_jax.decoding.state import Block
 from mimo_jax.model.dflash import DFlash
@@ -145,7 +145,7 @@ def test_rows_that_come_and_go_produce_what_they_do_on_one_device(mesh, rules, n
             ids = PROMPTS[i]
             for begin in range(0, len(ids) - 1, 16):
                 part = ids[begin : min(begin + 16, len(ids) - 1)]
-                batch.read([Chunk(place, begin, part, ids[begin + len(part)])], 16)
+                batch.read([Piece(place, begin, part, ids[begin + len(part)])], 16)
             batch.restore(1, batch.snapshot(place))
             budget = PARAMS[i].max_tokens
             batch.insert(place, 1, (ids[-1], len(ids) - 1), PARAMS[i], i, budget)

@@ -15,7 +15,6 @@ class _State:
     Attributes:
       tokens: how many are reported.
       unreported: how many actions are not.
-      least: how many tokens these give it at least, if it doesn't end before.
       over: whether it has ended by a report, or by the host.
       by_host: the latter.
     """
@@ -23,12 +22,11 @@ class _State:
     row: Row
     tokens: int = 0
     unreported: int = 0
-    least: int = 0
     over: bool = False
     by_host: bool = False
 
 
-class Slots:
+class Rows:
     """Rows in slots, and rows that have left theirs, but whose results are still to come.
 
     A slot is free as soon as the device is sure to have ended its row when it comes to the next
@@ -69,14 +67,16 @@ class Slots:
         state = _State(row)
         self._states[row] = self._slots[row.slot] = state
         self._stopped.discard(row.slot)
-        self._dispatched(state, 0)
 
     def decode(self) -> Decode:
         """The next action for all rows in slots."""
         action = Decode(tuple(self.running), tuple(sorted(self._stopped)))
         self._stopped.clear()
         for row in action.rows:
-            self._dispatched(self._states[row], self.steps)
+            state = self._states[row]
+            state.unreported += 1
+            if self._certain_to_end(state):
+                self._leave(state)
         return action
 
     def end(self, row: Row) -> None:
@@ -87,26 +87,24 @@ class Slots:
             self._stopped.add(row.slot)
         self._forget_if_reported(state)
 
-    def report(self, rows: Iterable[Row], results: Mapping[int, Result], least: int) -> list[Row]:
+    def report(self, rows: Iterable[Row], results: Mapping[int, Result]) -> list[Row]:
         """Counts what an action gave its rows, and says of which rows it is to be kept.
 
         Args:
           rows: of the action.
           results: by slot.
-          least: tokens that the action gives an unfinished row at least.
 
         Raises:
           ValueError: the device can't have done this.
         """
-        return [row for row in rows if self._take(self._states[row], results[row.slot], least)]
+        return [row for row in rows if self._take(self._states[row], results[row.slot])]
 
-    def _take(self, state: _State, result: Result, least: int) -> bool:
+    def _take(self, state: _State, result: Result) -> bool:
         kept = not state.over
         state.unreported -= 1
-        state.least -= least
         if kept:
             state.tokens += result.tokens
-            _refuse_impossible(state, result, least)
+            _refuse_impossible(state, result, self.steps)
             state.over = result.ended
             if state.over or self._certain_to_end(state):
                 self._leave(state)
@@ -115,14 +113,8 @@ class Slots:
         self._forget_if_reported(state)
         return kept
 
-    def _dispatched(self, state: _State, least: int) -> None:
-        state.unreported += 1
-        state.least += least
-        if self._certain_to_end(state):
-            self._leave(state)
-
     def _certain_to_end(self, state: _State) -> bool:
-        return state.tokens + state.least >= state.row.max_tokens
+        return state.tokens + state.unreported * self.steps >= state.row.max_tokens
 
     def _leave(self, state: _State) -> bool:
         """Frees the row's slot, if it still has it."""
