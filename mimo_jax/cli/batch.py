@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +14,7 @@ from rich.console import Console
 import mimo_jax
 from mimo_jax.cli import options
 from mimo_jax.cli.console import FAILED, INTERRUPTED, fail, readable_errors
+from sharding import distributed as jobs
 
 
 def batch(
@@ -23,6 +24,10 @@ def batch(
     out_path: Annotated[Path, typer.Argument(metavar="OUT", help="Results; continued.")],
     model: options.Model = "mimo-tiny",
     batch_size: Annotated[int, typer.Option(min=1, help="Completions decoded together.")] = 16,
+    max_len: Annotated[
+        int | None,
+        typer.Option(min=2, help="Prompt and completion together [what the longest line needs]."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Lines without a seed get one from this.")] = 0,
     max_tokens: Annotated[int | None, typer.Option(help="Default of the lines [256].")] = None,
     temperature: Annotated[float | None, typer.Option(help="Default of the lines [1].")] = None,
@@ -42,14 +47,23 @@ def batch(
     force: Annotated[
         bool, typer.Option("--force", help="Go on with results of a run with other options.")
     ] = False,
+    metrics: Annotated[
+        Path | None, typer.Option(help="File to which a line of JSON is added every second.")
+    ] = None,
+    profile: Annotated[
+        Path | None, typer.Option(help="Folder for a jax.profiler trace of some dispatches.")
+    ] = None,
+    distributed: options.Distributed = False,
 ) -> None:
     """Complete a file of requests; the same command again goes on where it stopped.
 
     A line has one of "prompt" (text), "messages" (chat) and "token_ids"; "id", if its number should
     not be its name; and any field of SamplingParams, in place of the command's options.  Or it is a
     line of OpenAI's batch API.  Each makes a line of results, in the same form: a completion, or an
-    error, which stops none of the others.  What the results were made with is in a manifest
-    beside them.
+    error, which stops none of the others.  Lines come in the order in which they end; each is on
+    the disk before the next.  What the results were made with is in a manifest beside them.
+
+    Ctrl-C and SIGTERM end the run when the requests under way are done, a second one at once.
 
     Exit codes: 0 all lines are completed, 1 some have errors or the run had to stop, 2 wrong usage,
     130 interrupted.
@@ -61,16 +75,19 @@ def batch(
         "top_k": top_k,
         "min_p": min_p,
     }
-    err = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
     with readable_errors(), _results_errors(), contextlib.ExitStack() as stack:
+        if distributed:
+            jobs.initialize()
+        writes = jobs.is_leader()
+        err = Console(stderr=True, highlight=False, markup=False, soft_wrap=True, quiet=not writes)
         from mimo_jax import checkpoint
-        from mimo_jax.cli.run_batches import Totals, print_summary, run_batches
+        from mimo_jax.cli.run_batch import Run, Settings, print_summary, run_batch
         from mimo_jax.engine.manifest import ensure_manifest, hash_checkpoint, make_manifest
         from mimo_jax.engine.requests import Shard, read_requests
         from mimo_jax.engine.results import Results
 
         mimo_jax.SamplingParams.from_dict(defaults)
-        how: dict[str, Any] = {
+        decoding: dict[str, Any] = {
             "speculative": speculative,
             "draft_width": options.draft_width(draft_width),
         }
@@ -83,27 +100,46 @@ def batch(
             checkpoint_sha256=hash_checkpoint(checkpoint.resolve(model)),
             code_version=mimo_jax.__version__,
             **placed,
-            speculative={**how, "batch_size": batch_size},
+            decoding={**decoding, "batch_size": batch_size, "max_len": max_len},
             sampling=defaults,
             seed=seed,
             shard=part,
         )
-        results = stack.enter_context(Results(out_path))
-        for override in ensure_manifest(out_path, manifest, len(results) > 0, force):
-            err.print(f"--force: {override}")
-        results.match(source.requests, source.failures, force)
-        if len(results):
-            err.print(f"{out_path} has {len(results)} lines already: going on")
-        results.add_failures(source.failures)
-        totals = Totals()
-        with _stopping(results, err):
-            if results.pending(source.requests):
+        jobs.require_agreement("the run", repr(manifest))
+        results = None
+        if writes:
+            results = stack.enter_context(Results(out_path))
+            for override in ensure_manifest(out_path, manifest, len(results) > 0, force):
+                err.print(f"--force: {override}")
+            results.match(source.requests, source.failures, force)
+            if len(results):
+                err.print(f"{out_path} has {len(results)} lines already: going on")
+            results.add_failures(source.failures)
+        settings = Settings(
+            model,
+            batch_size,
+            max_len,
+            decoding,
+            metrics if writes else None,
+            profile if writes else None,
+        )
+        run = Run()
+        with _interruptible(results, err):
+            if not _all_done(source.requests, results):
                 lm = mimo_jax.load(model, **placed)
-                lm.decoder_for(**how)  # refuses what the checkpoint has not, before anything runs
-                run_batches(lm, source.requests, results, model, batch_size, how, totals, err)
-        print_summary(results, totals, preview)
-        if results.failed:
-            raise typer.Exit(FAILED)
+                run = run_batch(lm, source.requests, results, settings, err)
+            if run.interrupted:
+                raise KeyboardInterrupt
+        if results is not None:
+            print_summary(results, run, preview)
+            if results.failed:
+                raise typer.Exit(FAILED)
+
+
+def _all_done(requests: Sequence[Any], results: Any) -> bool:
+    """Whether process 0 has a result of every request."""
+    mine = "" if results is None else str(len(results.pending(requests)))
+    return jobs.from_leader("how much is left", mine) == "0"
 
 
 def merge(
@@ -129,7 +165,7 @@ def _results_errors() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _stopping(results: Any, err: Console) -> Iterator[None]:
+def _interruptible(results: Any, err: Console) -> Iterator[None]:
     """Ends the command on Ctrl-C and on SIGTERM, saying what is safe."""
 
     def stop(*_: Any) -> None:
@@ -139,9 +175,11 @@ def _stopping(results: Any, err: Console) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        err.print(
-            f"interrupted: {len(results)} lines are safe in {results.path}; run it again to go on"
-        )
+        if results is not None:
+            err.print(
+                f"interrupted: {len(results)} lines are safe in {results.path}; run it again to go "
+                "on"
+            )
         raise typer.Exit(INTERRUPTED) from None
     finally:
         signal.signal(signal.SIGTERM, before)

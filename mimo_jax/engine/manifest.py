@@ -16,7 +16,7 @@ from mimo_jax.engine.durable import replacing
 from mimo_jax.engine.requests import RequestFile, Shard
 from mimo_jax.engine.results import ResultsError
 
-FORMAT = 1
+FORMAT = 2
 # Files of a checkpoint whose contents decide what it computes, and are small.
 _HASHED = (".json", ".jinja", ".txt", ".model")
 _MAX_HEADER = 100_000_000  # the limit of the safetensors library
@@ -35,7 +35,7 @@ def make_manifest(
     rules: Any = None,
     kernels: Any = None,
     dtype: Any = None,
-    speculative: Any = None,
+    decoding: Any = None,
     sampling: Mapping[str, Any] | None = None,
     seed: int = 0,
     shard: Shard | None = None,
@@ -47,8 +47,8 @@ def make_manifest(
       model: the checkpoint's name.
       checkpoint_sha256: of `hash_checkpoint`, or another string that tells checkpoints apart.
       code_version: mimo_jax.__version__.
-      mesh, rules, kernels, dtype, speculative: how the model runs; what JSON can hold, or is
-        written as its `str`.
+      mesh, rules, kernels, dtype, decoding: how the model runs; what JSON can hold, or is written
+        as its `str`.
       sampling: defaults of the requests; None values are left out.
       seed: from which requests get theirs.
       shard: the part of the input that the run does.
@@ -63,7 +63,7 @@ def make_manifest(
         "rules": rules,
         "kernels": kernels,
         "dtype": dtype,
-        "speculative": speculative,
+        "decoding": decoding,
         "sampling": {k: v for k, v in (sampling or {}).items() if v is not None},
         "seed": seed,
         "shard": None if shard is None else str(shard),

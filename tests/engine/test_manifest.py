@@ -34,7 +34,7 @@ def manifest(tmp_path: Path, prompt: str = "x", **changes):
         "rules": "latency",
         "kernels": "auto",
         "dtype": "bfloat16",
-        "speculative": {"method": "dflash", "draft_width": None},
+        "decoding": {"method": "dflash", "draft_width": None},
         "sampling": {"temperature": 0.5, "top_p": None},
         "seed": 0,
         "shard": Shard(1, 2),
@@ -66,7 +66,7 @@ def test_a_run_that_differs_is_refused_and_each_entry_named(tmp_path):
         mesh={"expert": 2},
         seed=1,
         sampling={},
-        speculative=None,
+        decoding=None,
         checkpoint_sha256="abd",
     )
     with pytest.raises(ResultsError) as found:
@@ -79,7 +79,7 @@ def test_a_run_that_differs_is_refused_and_each_entry_named(tmp_path):
         "  mesh.expert: (nothing) -> 2",
         "  seed: 0 -> 1",
         "  sampling.temperature: 0.5 -> (nothing)",
-        '  speculative.method: "dflash" -> (nothing)',
+        '  decoding.method: "dflash" -> (nothing)',
     ):
         assert line in message.splitlines()
     assert "--force" in message
