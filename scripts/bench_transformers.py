@@ -6,10 +6,10 @@ dtype of the first request.  Each line of standard input is a request, a JSON ob
 
     {"dtype": "float32", "threads": 2, "prompts": [[1, 2, ...], ...], "tokens": 128}
 
-where `threads` may be null for torch's default and prompts have the same length; each line of
-standard output is the reply,
+where `threads` may be null for torch's default and shorter prompts are padded on the left; each
+line of standard output is the reply,
 
-    {"ms_per_token": 1.0, "first_ms": 1.0, "cores": 1.0, "tokens": [[...], ...]}
+    {"seconds": 1.0, "ms_per_token": 1.0, "first_ms": 1.0, "cores": 1.0, "tokens": [[...], ...]}
 
 The first line of output says what runs here: versions, and the implementations that transformers
 chose by itself.
@@ -71,17 +71,19 @@ def load(folder: str, dtype: str, device: str) -> Any:
 def run(model: Any, prompts: list[list[int]], tokens: int) -> dict[str, Any]:
     """Generates `tokens` greedy tokens after each prompt; the first is timed apart."""
     clock = Clock()
-    ids = torch.tensor(prompts, device=model.device)
+    longest = max(map(len, prompts))
+    padded = [[0] * (longest - len(p)) + p for p in prompts]
+    real = [[0] * (longest - len(p)) + [1] * len(p) for p in prompts]
+    ids, mask = (torch.tensor(x, device=model.device) for x in (padded, real))
     config = GenerationConfig(
         max_new_tokens=tokens, do_sample=False, use_cache=True, eos_token_id=None, pad_token_id=0
     )
     called, called_cpu = time.perf_counter(), time.process_time()
-    out = model.generate(
-        ids, attention_mask=torch.ones_like(ids), generation_config=config, streamer=clock
-    )
+    out = model.generate(ids, attention_mask=mask, generation_config=config, streamer=clock)
     done, done_cpu = time.perf_counter(), time.process_time()
     first, last = clock.seen[1], clock.seen[-1]
     return {
+        "seconds": done - called,
         "ms_per_token": 1000 * (last - first) / (tokens - 1),
         "first_ms": 1000 * (first - called),
         "cores": (done_cpu - called_cpu) / (done - called),

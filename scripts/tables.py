@@ -179,11 +179,38 @@ def speculation(*results: dict[str, Any]) -> str:
     return table([*header, "projected tokens/s at published acceptance"], lines)
 
 
+def engine(*results: dict[str, Any]) -> str:
+    """Runs of `bench_engine.py`: output tokens a second, and where the engine's time goes."""
+    lines = []
+    for result in results:
+        beside = result.get("transformers", {"seconds": {}})["seconds"]
+        for row in result["rows"]:
+            tokens, shares = result["output_tokens"], row.get("shares", {})
+            reading = sum(share for name, share in shares.items() if name.startswith("read"))
+            fastest = tokens / row["seconds"]
+            others = [row["static_s"], beside.get(str(row["batch"]))]
+            lines.append(
+                [
+                    f"{result['layers']} layers, {row['batch']}",
+                    f"{fastest:.0f}",
+                    *(f"{tokens / s:.0f} ({s / row['seconds']:.1f}x)" if s else "" for s in others),
+                    f"{shares.get('decode', 0):.0%}",
+                    f"{reading + shares.get('insert', 0):.0%}",
+                    f"{shares.get('host', 0):.0%}",
+                    f"{row['repeated_same']} of {row['repeated']}",
+                ]
+            )
+    header = ["layers, completions together", "engine, tokens/s", "static batches", "transformers"]
+    header += ["steps", "reading prompts", "host", "the same with other neighbours"]
+    return table(header, lines)
+
+
 TABLES: dict[str, Callable[..., str]] = {
     **{name: functools.partial(kernels, operation=name) for name in OPERATIONS},
     "highlights": highlights,
     "steps": steps,
     "speculation": speculation,
+    "engine": engine,
 }
 
 
