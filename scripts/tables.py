@@ -183,17 +183,21 @@ def engine(*results: dict[str, Any]) -> str:
     """Runs of `bench_engine.py`: output tokens a second, and where the engine's time goes."""
     lines = []
     for result in results:
-        beside = result.get("transformers", {"seconds": {}})["seconds"]
+        beside = result.get("transformers")
         for row in result["rows"]:
             tokens, shares = result["output_tokens"], row.get("shares", {})
             reading = sum(share for name, share in shares.items() if name.startswith("read"))
-            fastest = tokens / row["seconds"]
-            others = [row["static_s"], beside.get(str(row["batch"]))]
+            rate = tokens / row["seconds"]
+            others = [tokens / row["static_s"]]
+            if beside is not None and beside["batch"] == row["batch"]:
+                others.append(beside["output_tokens"] / beside["seconds"])
+            compared = [f"{other:.0f} ({rate / other:.1f}x)" for other in others]
             lines.append(
                 [
                     f"{result['layers']} layers, {row['batch']}",
-                    f"{fastest:.0f}",
-                    *(f"{tokens / s:.0f} ({s / row['seconds']:.1f}x)" if s else "" for s in others),
+                    f"{rate:.0f}",
+                    *compared,
+                    *[""] * (2 - len(compared)),
                     f"{shares.get('decode', 0):.0%}",
                     f"{reading + shares.get('insert', 0):.0%}",
                     f"{shares.get('host', 0):.0%}",
