@@ -40,17 +40,18 @@ def bench(
     draft_width: options.DraftWidth = None,
     concurrency: Annotated[
         list[str] | None,
-        typer.Option(help=f"Requests decoded together; commas or repeated [{CONCURRENCY}]."),
+        typer.Option(help=f"Requests decoded together, several of it; default: {CONCURRENCY}."),
     ] = None,
     requests: Annotated[
-        int | None, typer.Option(min=1, help="Of each run [twice the concurrency, at least 32].")
+        int | None,
+        typer.Option(min=1, help="Of each run; default: twice the concurrency, 32 at least."),
     ] = None,
     prompt_len: Annotated[
         str, typer.Option(help="Tokens: 128, 32-512 or lognormal:MEDIAN,SIGMA[,MOST].")
     ] = LENGTHS,
     output_len: Annotated[str, typer.Option(help="Tokens, as of --prompt-len.")] = LENGTHS,
     rate: Annotated[
-        float | None, typer.Option(help="Requests/s that come, Poisson [all come at once].")
+        float | None, typer.Option(help="Requests/s, a Poisson process; default: all come at once.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of lengths, tokens and arrivals.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Results as JSON.")] = None,
@@ -60,9 +61,10 @@ def bench(
 
     Requests have random tokens and greedy outputs of lengths that are drawn.  Each concurrency
     serves the same ones (more of them where it is higher), after a warm-up that compiles all there
-    is to compile.  Times count from a request's arrival: TTFT to its first tokens (up to 16 reach
-    the host together), TPOT from one token to the next after these, e2e to its last.  Where all
-    come at once, TTFT and e2e are above all the wait in the queue; --rate shows what users see.
+    is to compile.  Times count from a request's arrival: TTFT to its first tokens (16 reach the
+    host together, with speculation those of 6 rounds), e2e to its last; TPOT is what each token
+    between took.  Where all come at once, TTFT and e2e have the wait in the queue, which is most of
+    them where requests are many; --rate shows what users would see.
 
     --out is written anew after every concurrency.  Exit codes: 0 all is measured, 1 something
     failed, 2 wrong usage, 130 interrupted.

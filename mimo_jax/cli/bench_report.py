@@ -5,11 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 from mimo_jax.cli.console import printable
 
+# Columns of text that the table needs.
+WIDTH = 110
 FORMATS = (".png", ".svg")
 # Latencies of the plot: field, name, and colour (of a palette that the colour-blind can tell).
 _LATENCIES = (
@@ -36,36 +39,35 @@ def check_plot(path: Path) -> None:
 
 
 def print_table(result: dict[str, Any]) -> None:
-    """Prints the rows of a result on stdout."""
-    table = Table(title=printable(title(result)))
+    """Prints the rows of a result on stdout; the file has p90 too."""
+    speculative = result["arguments"]["speculative"] is not None
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1), title=printable(title(result)))
     for heading in (
-        "concurrency",
+        "at\nonce",
         "output\ntokens/s",
         "total\ntokens/s",
-        "requests/s",
-        "TTFT [s]\np50 / p90 / p99",
-        "TPOT [ms]\np50 / p90 / p99",
-        "e2e [s]\np50 / p90 / p99",
-        "tokens\na round",
+        "requests\n/s",
+        *("TTFT\np50 s", "\np99 s", "TPOT\np50 ms", "\np99 ms", "e2e\np50 s", "\np99 s"),
+        *(["tokens\n/round"] if speculative else []),
         "peak\nGiB",
     ):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     for row in result["rows"]:
-        rounds, peak = row["tokens_per_round"], row["peak_bytes"]
         table.add_row(
             str(row["concurrency"]),
-            f"{row['output_tokens_s']:.1f}",
-            f"{row['total_tokens_s']:.1f}",
-            f"{row['requests_s']:.2f}",
-            _percentiles(row["ttft_s"], 1, 2),
-            _percentiles(row["tpot_s"], 1000, 1),
-            _percentiles(row["e2e_s"], 1, 2),
-            "-" if rounds is None else f"{rounds:.2f}",
-            "-" if peak is None else f"{peak / 2**30:.2f}",
+            _number(row["output_tokens_s"], 1, 1),
+            _number(row["total_tokens_s"], 1, 1),
+            _number(row["requests_s"], 1, 2),
+            *(
+                _number(row[field][p], scale, digits)
+                for field, scale, digits in (("ttft_s", 1, 2), ("tpot_s", 1000, 1), ("e2e_s", 1, 2))
+                for p in ("p50", "p99")
+            ),
+            *([_number(row["tokens_per_round"], 1, 2)] if speculative else []),
+            _number(row["peak_bytes"], 2**-30, 2),
         )
-    if all(row["tokens_per_round"] is None for row in result["rows"]):
-        table.columns.pop(-2)
     console = Console(highlight=False, markup=False)
+    console.width = max(console.width, WIDTH)  # numbers that are cut short are of no use
     console.print(table)
 
 
@@ -107,7 +109,7 @@ def write_plot(result: dict[str, Any], path: Path) -> None:
 def _draw_throughput(axes: Any, rows: list[dict[str, Any]]) -> None:
     values = [row["output_tokens_s"] for row in rows]
     axes.plot([row["concurrency"] for row in rows], values, "o-", color="#0072B2")
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.1 * max(values))
     axes.set_ylabel("output tokens/s")
     axes.set_title("throughput", fontsize=10)
 
@@ -139,5 +141,5 @@ def _name_concurrency(axes: Any, rows: list[dict[str, Any]]) -> None:
     axes.grid(alpha=0.3)
 
 
-def _percentiles(values: dict[str, float | None], scale: float, digits: int) -> str:
-    return " / ".join("-" if v is None else f"{v * scale:.{digits}f}" for v in values.values())
+def _number(value: float | int | None, scale: float | int, digits: int) -> str:
+    return "-" if value is None else f"{value * scale:.{digits}f}"
