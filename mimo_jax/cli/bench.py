@@ -44,7 +44,7 @@ def bench(
     ] = None,
     requests: Annotated[
         int | None,
-        typer.Option(min=1, help="Of each run; default: twice the concurrency, 32 at least."),
+        typer.Option(min=1, help="Of each run; default: 2 x concurrency, 32 at least."),
     ] = None,
     prompt_len: Annotated[
         str, typer.Option(help="Tokens: 128, 32-512 or lognormal:MEDIAN,SIGMA[,MOST].")
