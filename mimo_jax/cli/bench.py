@@ -99,7 +99,8 @@ def bench(
         }
         lm = mimo_jax.load(model, **placed, **made_up)
         lm.decoder_for(**how)  # refuses what the checkpoint has not, before anything runs
-        result = describe(lm, model, {**placed, **made_up, **how}, workloads)
+        given = {**placed, **made_up, **how, "requests": requests}
+        result = describe(lm, model, given, workloads)
         interrupted = False
         try:
             _measure_all(lm, workloads, how, result, out, err)
@@ -140,7 +141,7 @@ def describe(
     Args:
       lm: the model.
       model: its name; of a folder the last part is kept.
-      how: options of loading and of decoding.
+      how: options of loading, of decoding and of the workload.
       workloads: by concurrency.
     """
     from mimo_jax.engine.machine import machine
