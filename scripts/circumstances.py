@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import platform
@@ -14,12 +13,13 @@ from typing import Any
 
 import jax
 
+from mimo_jax.engine.machine import PACKAGES, cpu_model
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def circumstances(args: argparse.Namespace) -> dict[str, Any]:
     """Machine, versions, commit and arguments of a result; files by their names alone."""
-    packages = ("jax", "jaxlib", "flax", "numpy")
     hidden = ("torch_python", "out", "run", "cache")
     return {
         "arguments": {
@@ -32,7 +32,7 @@ def circumstances(args: argparse.Namespace) -> dict[str, Any]:
         "cpu": cpu_model(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
-        "versions": {p: metadata.version(p) for p in packages},
+        "versions": {p: metadata.version(p) for p in PACKAGES},
         "commit": git("rev-parse", "HEAD"),
         "changed_files": len((git("status", "--porcelain") or "").splitlines()),
         "load_average_before": os.getloadavg(),
@@ -43,15 +43,6 @@ def write_result(result: dict[str, Any], out: Path) -> None:
     """Writes a result as JSON."""
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=2) + "\n")
-
-
-def cpu_model() -> str:
-    """The processor's name."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def git(*command: str) -> str | None:

@@ -131,6 +131,7 @@ def test_the_width_follows_acceptance(right, expected):
         lengths = 1 + np.cumprod(hits, axis=2).sum(axis=2)
         seconds = 1 + 0.25 * (width - 1)
         policy.learn(lengths, width, seconds if chosen.count(width) > 1 else None)
+        assert policy.settled == (len(chosen) >= 6)
     assert chosen[:6] == [8, 8, 4, 4, 2, 2]
     assert chosen[-1] == expected
 

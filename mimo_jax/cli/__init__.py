@@ -11,6 +11,7 @@ import typer
 
 import mimo_jax
 from mimo_jax.cli.batch import batch, merge
+from mimo_jax.cli.bench import bench
 from mimo_jax.cli.console import FAILED, INTERRUPTED, USAGE, printable
 from mimo_jax.cli.convert import convert
 from mimo_jax.cli.generate import generate
@@ -25,7 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (generate, batch, merge, inspect, plan, convert):
+for command in (generate, batch, merge, bench, inspect, plan, convert):
     app.command()(command)
 
 

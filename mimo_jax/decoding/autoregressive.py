@@ -101,6 +101,11 @@ class Decoder:
         """How many tokens a dispatch gives a row at least, if it doesn't end."""
         return STEPS
 
+    @property
+    def settled(self) -> bool:
+        """Whether every program of steps that it chooses among has run with the batch at hand."""
+        return True
+
     def _options(self) -> dict[str, Any]:
         """The static arguments of the next dispatch of steps."""
         return {"steps": STEPS}

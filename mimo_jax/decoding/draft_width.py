@@ -64,17 +64,25 @@ class AdaptiveWidth:
         if seconds is not None:
             self._seconds[width] = min(seconds, self._seconds.get(width, seconds))
 
+    @property
+    def settled(self) -> bool:
+        """Whether each width has been tried as often as it takes to judge it."""
+        return not any(map(self._untried, self.widths))
+
     def choose(self) -> int:
         """The next width."""
         return int(distributed.from_leader("a draft width", str(self._best())))
 
     def _best(self) -> int:
         for width in reversed(self.widths):
-            if self._trials[width] < TRIALS or width not in self._seconds:
+            if self._untried(width):
                 return width
         if sum(self._trials.values()) % PROBE == 0:
             return self.widths[-1]
         return max(self.widths, key=lambda w: self.expected(w) / self._seconds[w])
+
+    def _untried(self, width: int) -> bool:
+        return self._trials[width] < TRIALS or width not in self._seconds
 
     def expected(self, width: int) -> float:
         """Tokens that a round of this width keeps."""

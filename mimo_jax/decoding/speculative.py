@@ -114,6 +114,13 @@ class SpeculativeDecoder(Decoder):
         """One token a round."""
         return ROUNDS
 
+    @property
+    def settled(self) -> bool:
+        """As `Decoder.settled`: whether each width has been tried."""
+        return not self._adapts or (
+            self._rows in self._adaptive and self._adaptive[self._rows].settled
+        )
+
     def _options(self) -> dict[str, Any]:
         return {"rounds": ROUNDS, "width": self.width}
 
