@@ -227,6 +227,9 @@ class LanguageModel:
     ) -> Stream:
         """Completes one prompt, yielding text as it becomes certain; `.output` has the rest.
 
+        The prompt is read at once, for the sake of the first token; `generate` reads it in chunks,
+        which rounds differently in bfloat16.
+
         Args:
           prompt, params, speculative, draft_width: as of `generate`.
 

@@ -3,7 +3,8 @@
     python scripts/bench_engine.py MiMo-V2.6-Flash-RL --layers 5 --torch-python python3 --out e.json
 
 The model has random weights.  Requests are of mixed lengths, all there at the start.  Static
-batches take them in their order, as many at a time, and last as long as their longest request;
+batches take them in their order, as many at a time, and last as long as their longest request, with
+or without steps of the rows that are done before;
 transformers' `generate` does the same with the first of them, in a process of its own and before,
 with the same widths and layers in bfloat16.  Of the engine's run it is told what the device did
 while requests waited: each kind of dispatch is timed by itself, many in a row, and what is left of
@@ -16,6 +17,7 @@ produce has to be the same, also in bfloat16.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import tempfile
 import time
@@ -74,14 +76,16 @@ def of_transformers(
             process.close()
 
 
-def static(lm: mj.LanguageModel, works: Sequence[Work], size: int, max_len: int) -> float:
-    """Seconds of static batches."""
+def static(
+    lm: mj.LanguageModel, works: Sequence[Work], size: int, max_len: int, whole: bool
+) -> float:
+    """Seconds of static batches; if `whole`, all rows go on until the longest one of a batch ends,
+    for which a mixture of experts takes longer."""
 
     def run(batch: Sequence[Work], most: int) -> None:
-        prompts, params = [w.tokens for w in batch], [w.params for w in batch]
-        params = [
-            SamplingParams(**{**vars(p), "max_tokens": min(p.max_tokens, most)}) for p in params
-        ]
+        prompts, each = [w.tokens for w in batch], [w.params.max_tokens for w in batch]
+        each = [min(most, max(each) if whole else n) for n in each]
+        params = [dataclasses.replace(batch[0].params, max_tokens=n) for n in each]
         for _ in lm.decoder.blocks(prompts, params, [0] * len(batch), max_len=max_len):
             pass
 
@@ -208,7 +212,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     result |= {"layers": lm.config.num_hidden_layers, "max_len": max_len, "rows": []}
     for size in args.batch:
         row: dict[str, Any] = {"batch": size, **of_engine(lm, works, size, max_len)}
-        row["static_s"] = static(lm, works, size, max_len)
+        row["static_s"] = static(lm, works, size, max_len, whole=False)
+        row["static_whole_s"] = static(lm, works, size, max_len, whole=True)
         result["rows"].append(row)
         write_result(result, args.out)
         print(json.dumps(row), flush=True)

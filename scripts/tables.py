@@ -188,7 +188,7 @@ def engine(*results: dict[str, Any]) -> str:
             tokens, shares = result["output_tokens"], row.get("shares", {})
             reading = sum(share for name, share in shares.items() if name.startswith("read"))
             rate = tokens / row["seconds"]
-            others = [tokens / row["static_s"]]
+            others = [tokens / row["static_s"], tokens / row["static_whole_s"]]
             if beside is not None and beside["batch"] == row["batch"]:
                 others.append(beside["output_tokens"] / beside["seconds"])
             compared = [f"{other:.0f} ({rate / other:.1f}x)" for other in others]
@@ -197,15 +197,22 @@ def engine(*results: dict[str, Any]) -> str:
                     f"{result['layers']} layers, {row['batch']}",
                     f"{rate:.0f}",
                     *compared,
-                    *[""] * (2 - len(compared)),
+                    *[""] * (3 - len(compared)),
                     f"{shares.get('decode', 0):.0%}",
                     f"{reading + shares.get('insert', 0):.0%}",
                     f"{shares.get('host', 0):.0%}",
                     f"{row['repeated_same']} of {row['repeated']}",
                 ]
             )
-    header = ["layers, completions together", "engine, tokens/s", "static batches", "transformers"]
-    header += ["steps", "reading prompts", "host", "the same with other neighbours"]
+    header = ["layers, completions together", "engine, tokens/s", "static batches"]
+    header += [
+        "static, all rows to the end",
+        "transformers",
+        "steps",
+        "reading prompts",
+        "host",
+        "the same with other neighbours",
+    ]
     return table(header, lines)
 
 

@@ -4,6 +4,7 @@ import errno
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -16,6 +17,7 @@ from typer.testing import CliRunner
 
 import mimo_jax as mj
 from mimo_jax import cli
+from mimo_jax.cli import progress
 from mimo_jax.decoding.slots import Slots
 from mimo_jax.engine import results
 from mimo_jax.engine.manifest import manifest_path
@@ -159,6 +161,7 @@ def interrupting(monkeypatch: pytest.MonkeyPatch, signals: dict[int, int]) -> No
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_run_when_what_is_under_way_is_done(generate, monkeypatch, number):
+    before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
     with monkeypatch.context() as patch:
         interrupting(patch, {0: number})
         done, out = generate(MANY)
@@ -168,9 +171,7 @@ def test_a_signal_ends_the_run_when_what_is_under_way_is_done(generate, monkeypa
     # Two in slots and two in lanes; and one or two may have begun in their place before.
     assert 4 <= len(records(out)) <= 8
     assert f"interrupted: {len(records(out))} lines are safe" in done.stderr
-    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == [
-        *(signal.default_int_handler, signal.SIG_DFL)
-    ]
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
     again, _ = generate(MANY)
     assert again.exit_code == 0, again.stderr
     assert out.read_bytes().startswith(kept)
@@ -186,6 +187,52 @@ def test_a_second_signal_ends_the_run_at_once(generate, monkeypatch):
     assert done.exit_code == 130
     assert "interrupted: 0 lines are safe" in done.stderr
     assert records(out) == []
+
+
+def test_metrics_a_profile_and_lines_of_progress(generate, monkeypatch, tmp_path):
+    monkeypatch.setattr(progress, "LINE_EVERY", 0.0)
+    monkeypatch.setattr(progress, "METRICS_EVERY", 0.0)
+    monkeypatch.setattr(progress, "PROFILE_AFTER", 2)
+    monkeypatch.setattr(progress, "PROFILED", 2)
+    metrics, profile = tmp_path / "metrics.jsonl", tmp_path / "profile"
+    done, out = generate(
+        MANY, "--metrics", str(metrics), "--profile", str(profile), "--speculative", "mtp"
+    )
+    assert done.exit_code == 0, done.stderr
+    lines = records(metrics)
+    assert [line["done"] for line in lines] == sorted(line["done"] for line in lines)
+    last = lines[-1]
+    assert (last["done"], last["total"], last["running"], last["waiting"]) == (20, 20, 0, 0)
+    assert last["prompt_tokens"] == 60
+    assert last["generated_tokens"] == sum(r["usage"]["completion_tokens"] for r in records(out))
+    assert last["tokens_per_round"] > 1
+    assert max(line["cache_used"] for line in lines) > 0
+    assert max(line["generated_tokens_s"] for line in lines) > 0
+    assert list(profile.rglob("*.xplane.pb"))
+    assert f"a profile of 2 dispatches is in {profile}" in done.stderr
+    assert "20 of 20 requests done" in done.stderr
+    assert re.search(r"\d+ of 20 requests done; \d+ tokens/s out, \d+ in; 2 running, ", done.stderr)
+    assert "tokens a round" in done.stderr
+
+
+def test_metrics_end_with_a_full_disk_and_the_run_does_not(generate, monkeypatch):
+    monkeypatch.setattr(progress, "METRICS_EVERY", 0.0)
+    done, out = generate(MANY[:3], "--metrics", "/dev/full")
+    assert done.exit_code == 0, done.stderr
+    assert done.stderr.count("no more metrics: writing /dev/full failed") == 1
+    assert len(records(out)) == 3
+
+
+def test_the_length_of_the_cache_decides_what_fits(generate):
+    lines = [{"token_ids": [5] * n, "max_tokens": 50} for n in (9, 40, 31)]
+    done, out = generate(lines, "--max-len", "40")
+    assert done.exit_code == 1
+    by_line = {r["line"]: r for r in records(out)}
+    assert "leaves no room to generate within 40 positions" in by_line[2]["error"]["message"]
+    assert by_line[3]["usage"] == {"prompt_tokens": 31, "completion_tokens": 9}
+    refused, _ = generate(lines, "--max-len", "64")
+    assert refused.exit_code == 1
+    assert "decoding.max_len: 40 -> 64" in refused.stderr
 
 
 def test_shards_are_merged_into_what_one_run_writes(generate, tmp_path, uninterrupted):

@@ -96,7 +96,7 @@ def test_generate_writes_the_completion_and_nothing_else_to_stdout(loaded):
     result = run("generate", "--prompt", PROMPT, "--max-tokens", "24", "--seed", "5")
     params = mj.SamplingParams(max_tokens=24, seed=5)
     assert result.exit_code == 0, result.stderr
-    assert result.stdout == loaded.generate(PROMPT, params)[0].text
+    assert result.stdout == "".join(loaded.stream(PROMPT, params))
     assert f"prefill: {len(loaded.encode(PROMPT))} tokens" in result.stderr
     assert "decode: 24 tokens" in result.stderr
     assert "finish reason: length" in result.stderr
@@ -177,7 +177,7 @@ def test_statistics_count_no_compilation(monkeypatch, capsys):
             return sum(s for at, s in ((99.0, 5.0), (102.0, 1.0), (104.0, 2.0)) if at <= until)
 
     err = Console(stderr=True, soft_wrap=True)
-    _print_statistics(err, output, False, Clock(), 5.0, 100.0)  # type: ignore[arg-type]
+    _print_statistics(err, output, False, Clock(), 5.0, (100.0, 107.0))  # type: ignore[arg-type]
     assert capsys.readouterr().err.splitlines() == [
         "prefill: 10 tokens, 5.0 tokens/s; first token after 3.00 s, 1.00 s of it compiling",
         "decode: 9 tokens, 4.0 tokens/s; 2.00 s of compiling not counted",

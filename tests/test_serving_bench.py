@@ -16,7 +16,7 @@ from mimo_jax.cli.bench_report import title, write_plot
 from mimo_jax.decoding.outputs import Completion, GenerationOutput, Metrics
 from mimo_jax.engine import serving
 from mimo_jax.engine.machine import peak_memory
-from mimo_jax.engine.serving import Served, measure, percentiles, serve, summary, tpot_s
+from mimo_jax.engine.serving import Served, measure, percentiles, serve, summary
 from mimo_jax.engine.workload import Lengths, Workload
 from sharding.memory import NotEnoughMemoryError
 
@@ -153,26 +153,13 @@ def test_waiting_for_a_slot_counts():
     assert first[-1] > 2 * first[0]
 
 
-def output(tokens: int, ttft_s: float, rounds: tuple[int, ...] = ()) -> GenerationOutput:
-    metrics = Metrics(ttft_s, 9.0, 5, tokens, rounds, (4,) * len(rounds))
+def output(tokens: int, ttft_s: float, tpot_s: float = 0.0) -> GenerationOutput:
+    metrics = Metrics(ttft_s, tpot_s, 5, tokens)
     return GenerationOutput([1] * 5, (Completion("", [7] * tokens, "length"),), metrics)
 
 
-@pytest.mark.parametrize("tokens", [17, 24, 32])
-def test_time_of_a_token_is_that_of_a_whole_dispatch(tokens):
-    """Two dispatches of 16 steps, a tenth of a second each."""
-    assert tpot_s(Served(0.3, output(tokens, 0.2)), 16) == pytest.approx(0.1 / 16)
-
-
-def test_time_of_a_token_with_speculation():
-    """Six rounds a dispatch; eight rounds made 20 tokens."""
-    one = Served(0.5, output(20, 0.2, (2, 3) * 4))
-    assert tpot_s(one, 6) == pytest.approx(0.3 / (6 * 2.5))
-    assert summary(1.0, [one], 6)["tokens_per_round"] == 2.5
-
-
 def test_without_a_second_dispatch_there_is_no_time_of_a_token():
-    row = summary(1.0, [Served(0.3, output(16, 0.3))], 16)
+    row = summary(1.0, [Served(0.3, output(16, 0.3))])
     assert row["tpot_s"] == {"p50": None, "p90": None, "p99": None}
     assert row["tpot_requests"] == 0
 

@@ -110,10 +110,10 @@ def generate(
             with err.status("compiling, and reading the prompt") as status:
                 out = Console(highlight=False, markup=False, quiet=quiet)
                 interrupted = _write(stream, out, status.stop, "" if chat else text)
-        output = stream.output
+        ended, output = time.perf_counter(), stream.output
         if as_bytes and not quiet:
             print(*output.token_ids)
-        _print_statistics(err, output, interrupted, clock, loading, started)
+        _print_statistics(err, output, interrupted, clock, loading, (started, ended))
     if interrupted:
         raise typer.Exit(INTERRUPTED)
 
@@ -156,7 +156,7 @@ def _print_statistics(
     interrupted: bool,
     clock: CompileClock,
     loading: float,
-    started: float,
+    span: tuple[float, float],
 ) -> None:
     """Prints counts and rates; compiling is told apart and counts in no rate.
 
@@ -165,9 +165,9 @@ def _print_statistics(
       output: what was generated.
       interrupted: whether Ctrl-C ended it.
       clock: seconds of compilation, of which `loading` belong to loading.
-      started: when generation began, of `time.perf_counter`.
+      span: when generation began and ended, of `time.perf_counter`.
     """
-    m = output.metrics
+    m, (started, ended) = output.metrics, span
     if m.generated_tokens:
         first = clock.seconds(until=started + m.ttft_s) - loading
         later = clock.seconds() - loading - first
@@ -175,7 +175,7 @@ def _print_statistics(
         line = f"prefill: {m.prompt_tokens} tokens, {m.prompt_tokens / prefill:.1f} tokens/s; "
         err.print(f"{line}first token after {m.ttft_s:.2f} s, {first:.2f} s of it compiling")
         line = f"decode: {m.generated_tokens} tokens"
-        decode = m.tpot_s * steps - later
+        decode = ended - started - m.ttft_s - later
         if steps and decode > 0:
             line += f", {steps / decode:.1f} tokens/s; {later:.2f} s of compiling not counted"
         err.print(line)

@@ -408,9 +408,9 @@ class Decoder:
         model = jax.tree.unflatten(self._treedef, leaves)
 
         def step(state: DecodeState, _: None) -> tuple[DecodeState, Any]:
-            positions = jnp.where(state.remaining > 0, state.positions, -1)
+            tokens, positions = idle(state, state.tokens, state.positions)
             hidden, cache, _taps = model.hidden_states(
-                state.tokens[:, None], positions[:, None], state.cache
+                tokens[:, None], positions[:, None], state.cache
             )
             state = dataclasses.replace(state, cache=cache)
             state, token, logprobs = self._draw(
@@ -447,6 +447,15 @@ class Decoder:
             jnp.where(active & ~ended, state.remaining - 1, 0),
         )
         return state, jnp.where(active, token, -1), logprobs
+
+
+def idle(
+    state: DecodeState, tokens: Int32[Array, " B *n"], positions: Int32[Array, " B *n"]
+) -> tuple[Int32[Array, " B *n"], Int32[Array, " B *n"]]:
+    """What a step runs: of rows that are done the same token at no position, since a mixture of
+    experts takes longer for rows whose tokens choose other experts."""
+    active = (state.remaining > 0).reshape(-1, *[1] * (tokens.ndim - 1))
+    return jnp.where(active, tokens, 0), jnp.where(active, positions, -1)
 
 
 def _is_quantized(leaf: Any) -> bool:

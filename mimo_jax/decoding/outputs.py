@@ -50,8 +50,8 @@ class Metrics:
     Attributes:
       ttft_s: from when it was taken up, before others that came earlier may have been done, to its
         first token.
-      tpot_s: a token, of those that came after the first; tokens come several at a time, and it is
-        0 if all came with the first.
+      tpot_s: a token, of those that came later than the first; 0 if none did.  Tokens come several
+        at a time, and what came last counts with all that there was time for.
       prompt_tokens, generated_tokens: counts, the latter over all completions.
       acceptance_lengths: tokens that each speculative round produced; empty without speculation.
       draft_widths: tokens that it verified at once.
@@ -124,6 +124,7 @@ class Row:
         self.params = params
         self.ended = False
         self.token_times: list[float] = []
+        self.later = 0  # steps, or rounds, of dispatches after the first that gave tokens
         self.rounds: list[tuple[int, int]] = []  # tokens produced, and verified at once
         self.phases: np.ndarray | None = None  # seconds verifying and drafting
         self._eos_ids = () if params.ignore_eos else eos_ids
@@ -137,6 +138,8 @@ class Row:
     def take(self, block: Block, row: int) -> str:
         """Takes what a block has for a row and returns the new text."""
         now, new, logprobs = time.perf_counter(), "", block.logprobs
+        if self.token_times:
+            self.later += (block.tokens if block.lengths is None else block.lengths).shape[1]
         if block.lengths is not None:
             self.rounds += [(n, block.width) for n in block.lengths[row].tolist() if n]
             if block.phases is not None:
@@ -168,6 +171,11 @@ class Row:
         self._text.append(rest)
         return rest
 
+    @property
+    def tokens_later(self) -> float:
+        """Tokens that dispatches after the first had time for; a round as many as all had."""
+        return self.later * (len(self._ids) / len(self.rounds) if self.rounds else 1.0)
+
     def completion(self) -> Completion:
         """The finished completion."""
         reason: FinishReason = "stop" if self._stopped else "length"
@@ -190,13 +198,12 @@ def output_of(prompt: list[int], rows: Sequence[tuple[Row, float]]) -> Generatio
     """
     completions = tuple(row.completion() for row, _ in rows)
     times = [(row.token_times, started) for row, started in rows]
-    spans = [(t[-1] - t[0], len(t) - t.count(t[0])) for t, _ in times if t]
-    steps = sum(n for _, n in spans)
+    later = sum(row.tokens_later for row, _ in rows)
     phases = [row.phases for row, _ in rows if row.phases is not None]
     verify_s, draft_s = np.sum(phases, axis=0).tolist() if phases else (None, None)
     metrics = Metrics(
         ttft_s=min((t[0] - started for t, started in times if t), default=0.0),
-        tpot_s=sum(s for s, _ in spans) / steps if steps else 0.0,
+        tpot_s=sum(t[-1] - t[0] for t, _ in times if t) / later if later else 0.0,
         prompt_tokens=len(prompt),
         generated_tokens=sum(len(t) for t, _ in times),
         acceptance_lengths=tuple(n for row, _ in rows for n, _ in row.rounds),

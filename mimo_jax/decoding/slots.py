@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
-from jaxtyping import Array
+from jaxtyping import Array, Int32
 
 from mimo_jax.decoding import sampling
 from mimo_jax.decoding.autoregressive import Decoder
@@ -83,8 +83,7 @@ class Slots:
         tokens, positions, remaining = decoder.put((np.zeros(slots, np.int32),) * 3)
         self._state = DecodeState(cache, tokens, positions, remaining, drafts)
         nobody = [SamplingParams(temperature=0.0)] * slots
-        self._params = (sampling.row_params(nobody, [0] * slots), np.ones(slots, bool))
-        self._placed = decoder.put(self._params)
+        self._params = decoder.put((sampling.row_params(nobody, [0] * slots), np.ones(slots, bool)))
 
     def read(self, pieces: Sequence[Piece], length: int) -> None:
         """Reads pieces of at most `length` tokens, each in its own lane."""
@@ -127,19 +126,11 @@ class Slots:
           params, seed: how the row is sampled.
           budget: tokens that it may produce at most.
         """
-        token, position = newest
-        row, ignore_eos = sampling.row_params([params], [seed]), params.ignore_eos
-        held, ignored = self._params
-        held, ignored = jax.tree.map(np.copy, held), ignored.copy()
-        for mine, new in zip(jax.tree.leaves(held), jax.tree.leaves(row), strict=True):
-            mine[slot] = new[0]
-        ignored[slot] = ignore_eos
-        self._params = (held, ignored)
-        self._placed = self.decoder.put(self._params)
-        start = [np.int32(x) for x in (token, position, budget, slot)]
+        row = (sampling.row_params([params], [seed]), np.array([params.ignore_eos]))
         # Nothing that a lane holds is seen by a row at position 0.
+        start = np.array([slot, lane or 0, *newest, budget], np.int32)
         with self.decoder.on_mesh():
-            self._state = _begun(self._state, self._lanes, np.int32(lane or 0), *start)
+            self._state, self._params = _begun(self._state, self._params, self._lanes, start, row)
 
     def end(self, slots: Sequence[int]) -> None:
         """Ends rows whose ends the device doesn't know of."""
@@ -150,7 +141,7 @@ class Slots:
 
     def decode(self) -> Seen:
         """Further tokens of all rows."""
-        rows, ignore_eos = self._placed
+        rows, ignore_eos = self._params
         self._state, seen = self.decoder.decode(
             self._leaves, self._state, rows, ignore_eos, self._top
         )
@@ -167,22 +158,20 @@ def _copied(rows: Any, others: Any, source: Array, target: Array) -> Any:
     return jax.tree.map(lambda a, b: _with_row(a, _row(b, source), target), rows, others)
 
 
-@functools.partial(jax.jit, donate_argnames="state")
+@functools.partial(jax.jit, donate_argnames=("state", "params"))
 def _begun(
-    state: DecodeState,
-    read: Any,
-    lane: Array,
-    token: Array,
-    position: Array,
-    budget: Array,
-    slot: Array,
-) -> DecodeState:
+    state: DecodeState, params: Any, read: Any, start: Int32[Array, 5], row: Any
+) -> tuple[DecodeState, Any]:
+    """A row begun in a slot, from a lane; `start` has both, token, position and budget, and `row`
+    how it is sampled."""
+    slot, lane = start[0], start[1]
     cache, drafts = _copied((state.cache, state.drafts), read, lane, slot)
-    tokens = _with_row(state.tokens, token[None], slot)
-    positions = _with_row(state.positions, position[None], slot)
-    return DecodeState(
-        cache, tokens, positions, _with_row(state.remaining, budget[None], slot), drafts
+    tokens, positions, remaining = (
+        _with_row(old, start[i : i + 1], slot)
+        for i, old in enumerate((state.tokens, state.positions, state.remaining), 2)
     )
+    begun = DecodeState(cache, tokens, positions, remaining, drafts)
+    return begun, jax.tree.map(lambda old, new: _with_row(old, new, slot), params, row)
 
 
 def _row(x: Array, index: Array) -> Array:

@@ -25,7 +25,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int32
 
 from mimo_jax.decoding import sampling
-from mimo_jax.decoding.autoregressive import Decoder
+from mimo_jax.decoding.autoregressive import Decoder, idle
 from mimo_jax.decoding.draft_width import AdaptiveWidth
 from mimo_jax.decoding.drafters import Drafter, Rows
 from mimo_jax.decoding.sampling import RowParams, SamplingParams
@@ -244,9 +244,8 @@ class SpeculativeDecoder(Decoder):
         """Runs each row's newest token and proposals; what is kept, and all for the drafter."""
         proposed = state.drafts[0][:, : width - 1]
         tokens = jnp.concatenate([state.tokens[:, None], proposed], axis=1)
-        active = (state.remaining > 0)[:, None]
         offset = jnp.arange(width, dtype=jnp.int32)
-        positions = jnp.where(active, state.positions[:, None] + offset, -1)
+        tokens, positions = idle(state, tokens, state.positions[:, None] + offset)
         hidden, cache, taps = model.hidden_states(
             tokens, positions, state.cache, taps=self.drafter.taps
         )

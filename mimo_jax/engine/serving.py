@@ -70,7 +70,7 @@ def measure(
     peak_bytes, peak_of = peak_memory(devices)
     return {
         "requests": len(served),
-        **summary(seconds, served, decoder.least),
+        **summary(seconds, served),
         "slots": slots,
         "max_len": engine.max_len,
         "cache_bytes": _cache_bytes(decoder, slots + lanes, engine.max_len),
@@ -127,18 +127,17 @@ def _arriving(works: Iterable[tuple[float, Work]], start: float) -> Iterator[Wor
         yield dataclasses.replace(work, since=start + after)
 
 
-def summary(seconds: float, served: Sequence[Served], least: int) -> dict[str, Any]:
+def summary(seconds: float, served: Sequence[Served]) -> dict[str, Any]:
     """Counts, throughput and latency of requests that took so many seconds together.
 
     Args:
       seconds: from the start until the last was done.
       served: the requests.
-      least: tokens that a dispatch gives a row at least (`Decoder.least`).
     """
     metrics = [one.output.metrics for one in served]
     prompt = sum(m.prompt_tokens for m in metrics)
     output = sum(m.generated_tokens for m in metrics)
-    between = [t for one in served if (t := tpot_s(one, least)) is not None]
+    between = [m.tpot_s for m in metrics if m.tpot_s]
     rounds = [n for m in metrics for n in m.acceptance_lengths]
     return {
         "prompt_tokens": prompt,
@@ -153,26 +152,6 @@ def summary(seconds: float, served: Sequence[Served], least: int) -> dict[str, A
         "e2e_s": percentiles([one.e2e_s for one in served]),
         "tokens_per_round": sum(rounds) / len(rounds) if rounds else None,
     }
-
-
-def tpot_s(one: Served, least: int) -> float | None:
-    """Seconds a token of a request took after the first ones; None if all came together.
-
-    A dispatch takes as long for a row that ends in the middle of it, so it counts with all the
-    tokens that it had room for: at the request's mean number of tokens a round, with speculation.
-    Without that an output of 17 tokens, 16 of which come first, would say that one took the time of
-    16; and one of 32, by (e2e - TTFT) / 31, that each took half of what it does.
-
-    Args:
-      one: the request.
-      least: steps, or rounds, of a dispatch.
-    """
-    m = one.output.metrics
-    rounds = len(m.acceptance_lengths) or m.generated_tokens
-    later = -(-rounds // least) - 1  # dispatches after the first
-    if later < 1:
-        return None
-    return (one.e2e_s - m.ttft_s) / (later * least * m.generated_tokens / rounds)
 
 
 def percentiles(values: Sequence[float]) -> dict[str, float | None]:
