@@ -1,7 +1,7 @@
 # make demo | test | meshes | kernels | endurance | compile | lint | format.  Everything is installed
-# in .venv, and again only when pyproject.toml or constraints.txt change.  The compilers that
-# `make compile` needs are in a folder of their own: wherever jax can import them, it takes them for
-# devices to run on.
+# in .venv, and again only when pyproject.toml or constraints.txt change.  The compilers that `make
+# compile` needs are in a folder of their own: wherever jax can import them, it takes them for devices
+# to run on.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -30,8 +30,9 @@ meshes: $(VENV)/.installed-test
 kernels: $(VENV)/.installed-test
 	$(BIN)/python -m pytest $(PYTEST_ARGS) tests/pallas_kernels
 
+# By test: each takes minutes, and by file one process would get most of them.
 endurance: $(VENV)/.installed-test
-	$(BIN)/python -m pytest $(PYTEST_ARGS) tests/endurance
+	$(BIN)/python -m pytest $(PYTEST_ARGS) --dist worksteal tests/endurance
 
 compile: $(VENV)/.installed-test $(COMPILERS)/.installed
 	JAX_PLATFORMS=cpu PYTHONPATH=$(COMPILERS) $(BIN)/python -m pytest $(PYTEST_ARGS) tests/compiling
