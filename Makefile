@@ -1,7 +1,7 @@
-# make demo | test | meshes | kernels | endurance | compile | lint | format.  Everything is installed
-# in .venv, and again only when pyproject.toml or constraints.txt change.  The compilers that `make
-# compile` needs are in a folder of their own: wherever jax can import them, it takes them for devices
-# to run on.
+# make demo | test | meshes | kernels | endurance | compile | lint | format.  All is in .venv,
+# installed again only when pyproject.toml or constraints.txt change.  The compilers that
+# `make compile` needs are in a folder of their own: wherever jax can import them, it takes them for
+# devices to run on.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

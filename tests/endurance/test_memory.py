@@ -1,4 +1,4 @@
-"""Ten thousand requests take no more memory than a thousand, but for what is remembered of each."""
+"""Ten thousand requests take no more memory than two thousand, but for a little each."""
 
 import random
 import time
