@@ -1,19 +1,19 @@
-# make demo | test | meshes | kernels | compile | lint | format.  Everything is installed in .venv,
-# and again only when pyproject.toml or constraints.txt change.  The compilers that `make compile`
-# needs are in a folder of their own: wherever jax can import them, it takes them for devices to run
-# on.
+# make demo | test | meshes | kernels | endurance | compile | lint | format.  All is in .venv,
+# installed again only when pyproject.toml or constraints.txt change.  The compilers that
+# `make compile` needs are in a folder of their own: wherever jax can import them, it takes them for
+# devices to run on.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip -qq --disable-pip-version-check install -c constraints.txt
 INPUTS := pyproject.toml constraints.txt
 COMPILERS := .compilers
-APART := tests/meshes tests/pallas_kernels
+APART := tests/meshes tests/pallas_kernels tests/endurance
 DEMO := outputs/demo.jsonl
 # By file: those of one share what they compile.
 PYTEST_ARGS ?= -n 2 --dist loadfile
 
-.PHONY: demo test meshes kernels compile lint format
+.PHONY: demo test meshes kernels endurance compile lint format
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -29,6 +29,10 @@ meshes: $(VENV)/.installed-test
 
 kernels: $(VENV)/.installed-test
 	$(BIN)/python -m pytest $(PYTEST_ARGS) tests/pallas_kernels
+
+# By test: each takes minutes, and by file one process would get most of them.
+endurance: $(VENV)/.installed-test
+	$(BIN)/python -m pytest $(PYTEST_ARGS) --dist worksteal tests/endurance
 
 compile: $(VENV)/.installed-test $(COMPILERS)/.installed
 	JAX_PLATFORMS=cpu PYTHONPATH=$(COMPILERS) $(BIN)/python -m pytest $(PYTEST_ARGS) tests/compiling

@@ -14,7 +14,7 @@ import jax
 
 from mimo_jax.engine.durable import replacing
 from mimo_jax.engine.requests import RequestFile, Shard
-from mimo_jax.engine.results import ResultsError
+from mimo_jax.engine.results import ResultsError, advice
 
 FORMAT = 2
 # Files of a checkpoint whose contents decide what it computes, and are small.
@@ -118,7 +118,7 @@ def write_manifest(results: Path, manifest: Mapping[str, Any]) -> None:
         with replacing(path) as file:
             file.write(json.dumps(manifest, indent=2, ensure_ascii=False).encode() + b"\n")
     except OSError as error:
-        raise ResultsError(f"{path} can't be written: {error}; see to the cause") from error
+        raise ResultsError(f"{path} can't be written: {error}; {advice(error)}") from error
 
 
 def ensure_manifest(

@@ -77,7 +77,7 @@ class Results:
                 self.close()
                 raise
         except OSError as error:
-            raise ResultsError(f"{path} can't be written: {error}; {_advice(error)}") from error
+            raise ResultsError(f"{path} can't be written: {error}; {advice(error)}") from error
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -142,7 +142,7 @@ class Results:
                 raise
             raise ResultsError(
                 f"writing {self.path} failed ({error}); the {len(self)} lines in it are safe: "
-                f"{_advice(error)}, then run the same command to go on"
+                f"{advice(error)}, then run the same command to go on"
             ) from error
         self._end += len(data)
         self._remember(records)
@@ -258,9 +258,7 @@ class Results:
             self.close()
             self._open()
         except OSError as error:
-            raise ResultsError(
-                f"{self.path} can't be written: {error}; {_advice(error)}"
-            ) from error
+            raise ResultsError(f"{self.path} can't be written: {error}; {advice(error)}") from error
 
     def _cut(self, records: tuple[Record, ...], lines: list[bytes], written: int) -> None:
         """Ends the file behind the last whole line that was written and could be synced."""
@@ -335,7 +333,8 @@ def _encode(record: Record) -> bytes:
     return line + b"\n"
 
 
-def _advice(error: OSError) -> str:
+def advice(error: OSError) -> str:
+    """What to do about a file that can't be written."""
     return _ADVICE.get(error.errno or 0, "see to the cause")
 
 
