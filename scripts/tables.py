@@ -216,12 +216,28 @@ def engine(*results: dict[str, Any]) -> str:
     return table(header, lines)
 
 
+def serving(*results: dict[str, Any]) -> str:
+    """Runs of `mimo-jax bench`: throughput and latency by concurrency."""
+    lines = []
+    for row in (row for result in results for row in result["rows"]):
+        cells = [str(row["concurrency"]), str(row["requests"])]
+        cells += [f"{row[key]:.0f}" for key in ("output_tokens_s", "total_tokens_s")]
+        for name, scale, digits in (("ttft_s", 1, 2), ("tpot_s", 1e3, 1), ("e2e_s", 1, 2)):
+            found = [row[name][p] for p in ("p50", "p90", "p99")]
+            cells.append(" / ".join("" if x is None else f"{x * scale:.{digits}f}" for x in found))
+        lines.append([*cells, f"{row['peak_bytes'] / 2**30:.1f}"])
+    header = ["at once", "requests", "output tokens/s", "tokens/s in all", "first token, s"]
+    header += ["a token, ms", "request, s", "peak memory, GiB"]
+    return table(header, lines)
+
+
 TABLES: dict[str, Callable[..., str]] = {
     **{name: functools.partial(kernels, operation=name) for name in OPERATIONS},
     "highlights": highlights,
     "steps": steps,
     "speculation": speculation,
     "engine": engine,
+    "serving": serving,
 }
 
 
