@@ -1,5 +1,5 @@
-# make demo | test | meshes | kernels | endurance | compile | lint | format.  All is in .venv,
-# installed again only when pyproject.toml or constraints.txt change.  The compilers that
+# make demo | test | speculation | meshes | kernels | endurance | compile | lint | format.  All is in
+# .venv, installed again only when pyproject.toml or constraints.txt change.  The compilers that
 # `make compile` needs are in a folder of their own: wherever jax can import them, it takes them for
 # devices to run on.
 PYTHON ?= python3
@@ -8,12 +8,12 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip -qq --disable-pip-version-check install -c constraints.txt
 INPUTS := pyproject.toml constraints.txt
 COMPILERS := .compilers
-APART := tests/meshes tests/pallas_kernels tests/endurance
+APART := tests/speculation tests/meshes tests/pallas_kernels tests/endurance
 DEMO := outputs/demo.jsonl
 # By file: those of one share what they compile.
 PYTEST_ARGS ?= -n 2 --dist loadfile
 
-.PHONY: demo test meshes kernels endurance compile lint format
+.PHONY: demo test speculation meshes kernels endurance compile lint format
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -24,6 +24,9 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest $(PYTEST_ARGS) $(APART:%=--ignore %)
 
+speculation: $(VENV)/.installed-test
+	$(BIN)/python -m pytest $(PYTEST_ARGS) tests/speculation
+
 meshes: $(VENV)/.installed-test
 	$(BIN)/python -m pytest $(PYTEST_ARGS) tests/meshes
 
@@ -31,8 +34,10 @@ kernels: $(VENV)/.installed-test
 	$(BIN)/python -m pytest $(PYTEST_ARGS) tests/pallas_kernels
 
 # By test: each takes minutes, and by file one process would get most of them.
+endurance: export FUZZED_FILES := 10000
 endurance: $(VENV)/.installed-test
-	$(BIN)/python -m pytest $(PYTEST_ARGS) --dist worksteal tests/endurance
+	$(BIN)/python -m pytest $(PYTEST_ARGS) --dist worksteal tests/endurance \
+	  tests/engine/test_fuzzed_requests.py
 
 compile: $(VENV)/.installed-test $(COMPILERS)/.installed
 	JAX_PLATFORMS=cpu PYTHONPATH=$(COMPILERS) $(BIN)/python -m pytest $(PYTEST_ARGS) tests/compiling
