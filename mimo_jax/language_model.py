@@ -201,14 +201,15 @@ class LanguageModel:
         decoder = self.decoder_for(speculative, draft_width)
         ways = 1 if self.placement is None else self.placement.batch_ways
         slots, lanes = (-(-n // ways) * ways for n in (batch_size, min(batch_size, LANES)))
-        decoder.check_memory(slots + lanes + SNAPSHOTS * (batch_size > 1), max_len)
+        snapshots = SNAPSHOTS * (batch_size > 1)
+        decoder.check_memory(slots + lanes + snapshots * ways, max_len)  # these aren't split
         return Engine(
             decoder,
             lambda params: Row(params, self.tokenizer, self.eos_ids),
             slots=slots,
             lanes=lanes,
             max_len=max_len,
-            snapshots=SNAPSHOTS * (batch_size > 1),
+            snapshots=snapshots,
             top_logprobs=top_logprobs,
         )
 

@@ -22,7 +22,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 from sharding.peers import DistributedError, Peers, delay_abort, say
 
@@ -34,6 +34,7 @@ __all__ = [
     "from_leader",
     "initialize",
     "is_leader",
+    "leave",
     "require_agreement",
 ]
 
@@ -191,6 +192,14 @@ def agree_on_failure(error: str | None) -> None:
     raise DistributedError(
         f"process {failed[0]} of {len(errors)}{others} failed: {errors[failed[0]]}"
     )
+
+
+def leave(code: int) -> NoReturn:
+    """Ends this process with an exit code, as every process of the job does by itself."""
+    try:
+        raise DistributedError("all processes end here")
+    except DistributedError:
+        raise SystemExit(code) from None
 
 
 @contextlib.contextmanager

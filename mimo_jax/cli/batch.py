@@ -128,12 +128,14 @@ def batch(
             if not _all_done(source.requests, results):
                 lm = mimo_jax.load(model, **placed)
                 run = run_batch(lm, source.requests, results, settings, err)
-            if run.interrupted:
-                raise KeyboardInterrupt
+        if run.interrupted:
+            _say_what_is_safe(results, err)
+            jobs.leave(INTERRUPTED)
+        failed = "" if results is None else str(results.failed)
         if results is not None:
             print_summary(results, run, preview)
-            if results.failed:
-                raise typer.Exit(FAILED)
+        if jobs.from_leader("how many lines failed", failed) != "0":
+            jobs.leave(FAILED)
 
 
 def _all_done(requests: Sequence[Any], results: Any) -> bool:
@@ -151,6 +153,13 @@ def merge(
         from mimo_jax.engine.merging import merge as merged
 
         print(f"{out} has {merged(parts, out)} lines")
+
+
+def _say_what_is_safe(results: Any, err: Console) -> None:
+    if results is not None:
+        err.print(
+            f"interrupted: {len(results)} lines are safe in {results.path}; run it again to go on"
+        )
 
 
 @contextlib.contextmanager
@@ -175,11 +184,7 @@ def _interruptible(results: Any, err: Console) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        if results is not None:
-            err.print(
-                f"interrupted: {len(results)} lines are safe in {results.path}; run it again to go "
-                "on"
-            )
+        _say_what_is_safe(results, err)
         raise typer.Exit(INTERRUPTED) from None
     finally:
         signal.signal(signal.SIGTERM, before)

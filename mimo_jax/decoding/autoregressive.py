@@ -312,14 +312,14 @@ class Decoder:
         """
         # A small one shows how they are split, which shapes don't.
         small = jax.tree.leaves(self.empty(self._ways, min(max_len, SMALLEST_BUCKET)))
-        whole = jax.tree.leaves(jax.eval_shape(lambda: self.empty(rows, max_len)))
-        size = sum(
+        whole = jax.tree.leaves(jax.eval_shape(lambda: self.empty(self._ways, max_len)))
+        one = sum(
             math.prod(a.sharding.shard_shape(b.shape)) * a.dtype.itemsize
             for a, b in zip(small, whole, strict=True)
         )
         devices = small[0].sharding.addressable_devices
         check_memory(
-            dict.fromkeys(devices, size),
+            dict.fromkeys(devices, one * -(-rows // self._ways)),
             f"{rows} rows of a cache of {max_len} positions",
             "decode fewer completions together (batch_size), make the cache shorter (max_len)",
         )

@@ -47,11 +47,11 @@ def test_two_processes_drain_go_on_and_write_what_one_does(tmp_path):
     source, out, alone = (tmp_path / name for name in ("in.jsonl", "out.jsonl", "alone.jsonl"))
     source.write_text("".join(json.dumps(line) + "\n" for line in LINES))
     ends = run_in_processes(runs_a_batch, str(source), str(out), True, devices=2)
-    assert [end.returncode for end in ends] == [130, 130], ends
+    assert [end.returncode for end in ends] == [130, 130], "".join(end.stderr for end in ends)
     assert "finishing the requests under way" in ends[0].stderr
     assert 1 <= len(untimed(out)) < len(LINES)
     ends = run_in_processes(runs_a_batch, str(source), str(out), False, devices=2)
-    assert [end.returncode for end in ends] == [0, 0], ends
+    assert [end.returncode for end in ends] == [0, 0], "".join(end.stderr for end in ends)
     assert "12 of 12 requests done" in ends[0].stderr
     assert "requests done" not in ends[1].stderr
     app(["batch", str(source), str(alone), *OPTIONS], standalone_mode=False)
