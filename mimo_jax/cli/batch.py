@@ -26,7 +26,9 @@ def batch(
     batch_size: Annotated[int, typer.Option(min=1, help="Completions decoded together.")] = 16,
     max_len: Annotated[
         int | None,
-        typer.Option(min=2, help="Prompt and completion together [what the longest line needs]."),
+        typer.Option(
+            min=2, help="Prompt and completion together; default: what the longest line needs."
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Lines without a seed get one from this.")] = 0,
     max_tokens: Annotated[int | None, typer.Option(help="Default of the lines [256].")] = None,

@@ -25,7 +25,9 @@ def inspect(
     ] = False,
     device: Annotated[
         str | None,
-        typer.Option(help="With --kernels, on such a device (h100, a100, v5e, ...) [this one]."),
+        typer.Option(
+            help="With --kernels, on such a device (h100, a100, v5e, ...); default: this one."
+        ),
     ] = None,
 ) -> None:
     """Describe a checkpoint without loading it; the exit code is 1 when it has problems.

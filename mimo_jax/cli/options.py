@@ -20,7 +20,7 @@ QKV = Annotated[
 ]
 Mesh = Annotated[
     str | None,
-    typer.Option(help="Devices to split it over, such as expert=2,tensor=4 [one device]."),
+    typer.Option(help="Devices to split it over, such as expert=2,tensor=4; default: one."),
 ]
 Rules = Annotated[
     str,
@@ -35,11 +35,11 @@ Kernels = Annotated[
 Layers = Annotated[int | None, typer.Option(help="Only so many of its first layers.")]
 Speculative = Annotated[
     Literal["mtp", "dflash"] | None,
-    typer.Option(help="What proposes tokens to verify, several at once [nothing]."),
+    typer.Option(help="What proposes tokens to verify, several at once; default: nothing."),
 ]
 DraftWidth = Annotated[
     str | None,
-    typer.Option(help="Tokens to verify at once: a number, or adaptive [all that are proposed]."),
+    typer.Option(help="Tokens to verify at once: a number, or adaptive; default: all there are."),
 ]
 Distributed = Annotated[
     bool,

@@ -13,7 +13,7 @@ import numpy as np
 from mimo_jax.engine.durable import replacing
 from mimo_jax.engine.manifest import differences, read_manifest, write_manifest
 from mimo_jax.engine.requests import Shard
-from mimo_jax.engine.results import ResultsError, read_raw
+from mimo_jax.engine.results import ResultsError, advice, read_raw
 
 _LISTED = 5
 
@@ -53,7 +53,7 @@ def merge(parts: Sequence[Path], out: Path) -> int:
                     files[part].seek(offset)
                     merged.write(files[part].read(size))
     except OSError as error:
-        raise ResultsError(f"merging into {out} failed: {error}; see to the cause") from error
+        raise ResultsError(f"merging into {out} failed: {error}; {advice(error)}") from error
     if manifest is not None:
         write_manifest(out, manifest)
     return len(index[0])
