@@ -100,8 +100,7 @@ class LanguageModel:
         if length > limit:
             raise ValueError(f"{length} tokens exceed the model's {limit} positions")
         padded = bucket(length, limit)
-        ways = 1 if self.placement is None else self.placement.batch_ways
-        more = ((0, -len(ids) % ways), (0, padded - length))
+        more = ((0, -len(ids) % self.decoder.ways), (0, padded - length))
         tokens = np.pad(ids, more).astype(np.int32)
         positions = np.where(np.arange(padded) < length, np.arange(padded), -1).astype(np.int32)
         positions = np.broadcast_to(positions, tokens.shape)
@@ -199,7 +198,7 @@ class LanguageModel:
           NotEnoughMemoryError: the caches would not fit; nothing has been allocated.
         """
         decoder = self.decoder_for(speculative, draft_width)
-        ways = 1 if self.placement is None else self.placement.batch_ways
+        ways = decoder.ways
         slots, lanes = (-(-n // ways) * ways for n in (batch_size, min(batch_size, LANES)))
         snapshots = SNAPSHOTS * (batch_size > 1)
         decoder.check_memory(slots + lanes + snapshots * ways, max_len)  # these aren't split

@@ -4,11 +4,10 @@
 
 The model has random weights.  Requests are of mixed lengths, all there at the start.  Static
 batches take them in their order, as many at a time, and last as long as their longest request, with
-or without steps of the rows that are done before;
-transformers' `generate` does the same with the first of them, in a process of its own and before,
-with the same widths and layers in bfloat16.  Of the engine's run it is told what the device did
-while requests waited: each kind of dispatch is timed by itself, many in a row, and what is left of
-the time is the host's.
+or without steps of the rows that are done before; transformers' `generate` does the same with the
+first of them, in a process of its own and before, with the same widths and layers in bfloat16.  Of
+the engine's run it is told what the device did while requests waited: each kind of dispatch is
+timed by itself, many in a row, and what is left of the time is the host's.
 
 In the end some of the requests run again, in another order and with other neighbours: what they
 produce has to be the same, also in bfloat16.
@@ -39,7 +38,7 @@ from mimo_jax.decoding.slots import Piece, Slots
 from mimo_jax.engine.loop import Engine, Work
 from mimo_jax.engine.workload import Lengths, Workload
 
-# Calls in a row that are timed together, and dispatches that fill an engine before they are.
+# Calls in a row that are timed together.
 TIMES = 8
 
 
@@ -98,7 +97,7 @@ def static(
 
 
 class Log:
-    """What an engine sends to its device, in order: names of programs, and lengths waiting."""
+    """What an engine sends to its device, in order: names of programs."""
 
     def __init__(self, engine: Engine):
         self.sent: list[str] = []

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import subprocess
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from mimo_jax.engine.machine import PACKAGES, cpu_model
+from mimo_jax.engine.machine import machine
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -27,15 +24,9 @@ def circumstances(args: argparse.Namespace) -> dict[str, Any]:
             for k, v in vars(args).items()
             if k not in hidden
         },
-        "device": jax.devices()[0].device_kind,
-        "devices": jax.device_count(),
-        "cpu": cpu_model(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "versions": {p: metadata.version(p) for p in PACKAGES},
+        **machine(jax.devices()),
         "commit": git("rev-parse", "HEAD"),
         "changed_files": len((git("status", "--porcelain") or "").splitlines()),
-        "load_average_before": os.getloadavg(),
     }
 
 

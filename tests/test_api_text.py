@@ -34,7 +34,7 @@ class Scripted(Decoder):
     def __init__(self, *rows: list[int]):
         self.rows, self.blocks_made = rows, 0
         self.placement, self.config = None, tiny().config
-        self._ways = 1
+        self.ways = 1
 
     def blocks(self, prompts: Any, params: Any, seeds: Any, *, stopped: Any) -> Any:
         for begin in range(0, max(map(len, self.rows)), 3):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -83,7 +83,7 @@ def batch(
         writes = jobs.is_leader()
         err = Console(stderr=True, highlight=False, markup=False, soft_wrap=True, quiet=not writes)
         from mimo_jax import checkpoint
-        from mimo_jax.cli.run_batch import Run, Settings, print_summary, run_batch
+        from mimo_jax.cli.run_batch import Run, Settings, pending, print_summary, run_batch
         from mimo_jax.engine.manifest import ensure_manifest, hash_checkpoint, make_manifest
         from mimo_jax.engine.requests import Shard, read_requests
         from mimo_jax.engine.results import Results
@@ -127,7 +127,7 @@ def batch(
         )
         run = Run()
         with _interruptible(results, err):
-            if not _all_done(source.requests, results):
+            if pending(source.requests, results):
                 lm = mimo_jax.load(model, **placed)
                 run = run_batch(lm, source.requests, results, settings, err)
         if run.interrupted:
@@ -138,12 +138,6 @@ def batch(
             print_summary(results, run, preview)
         if jobs.from_leader("how many lines failed", failed) != "0":
             jobs.leave(FAILED)
-
-
-def _all_done(requests: Sequence[Any], results: Any) -> bool:
-    """Whether process 0 has a result of every request."""
-    mine = "" if results is None else str(len(results.pending(requests)))
-    return jobs.from_leader("how much is left", mine) == "0"
 
 
 def merge(

@@ -24,13 +24,7 @@ CONCURRENCY = "1,2,4,8,16,32,64,128"
 
 def bench(
     model: options.Model = "mimo-tiny",
-    random_weights: Annotated[
-        int | None,
-        typer.Option(
-            metavar="SEED",
-            help="Make weights up on the devices; MODEL may be a configuration's name.",
-        ),
-    ] = None,
+    random_weights: options.RandomWeights = None,
     layers: options.Layers = None,
     mesh: options.Mesh = None,
     rules: options.Rules = "latency",

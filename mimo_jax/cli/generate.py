@@ -38,13 +38,7 @@ def generate(
     qkv: options.QKV = None,
     mesh: options.Mesh = None,
     rules: options.Rules = "latency",
-    random_weights: Annotated[
-        int | None,
-        typer.Option(
-            metavar="SEED",
-            help="Make weights up on the devices; MODEL may be a configuration's name.",
-        ),
-    ] = None,
+    random_weights: options.RandomWeights = None,
     layers: options.Layers = None,
     kernels: options.Kernels = "auto",
     speculative: options.Speculative = None,

@@ -33,6 +33,13 @@ Kernels = Annotated[
     typer.Option(help="Kernels: auto, triton, mosaic_gpu, mosaic_tpu, or reference (plain XLA)."),
 ]
 Layers = Annotated[int | None, typer.Option(help="Only so many of its first layers.")]
+RandomWeights = Annotated[
+    int | None,
+    typer.Option(
+        metavar="SEED",
+        help="Make weights up on the devices; MODEL may be a configuration's name.",
+    ),
+]
 Speculative = Annotated[
     Literal["mtp", "dflash"] | None,
     typer.Option(help="What proposes tokens to verify, several at once; default: nothing."),

@@ -97,9 +97,9 @@ def run_batch(
     longest, failures = survey(requests, encode, limit)
     if results is not None:
         results.add_failures(failures.values())
-    pending = _pending(requests, results)
+    left = pending(requests, results)
     run = Run()
-    if not pending:
+    if not left:
         return run
     engine = lm.engine(
         batch_size=settings.batch_size,
@@ -111,7 +111,7 @@ def run_batch(
     )
     token_text = None if lm.tokenizer is None else lm.tokenizer.decode
     started = time.perf_counter()
-    meter = Meter(engine, len(requests) - len(pending), len(requests))
+    meter = Meter(engine, len(requests) - len(left), len(requests))
     judge = _Judge(settings.decoding.get("speculative"))
     run.totals = engine.totals
     with (
@@ -120,7 +120,7 @@ def run_batch(
         Display(meter, err, settings.metrics, settings.profile) as display,
     ):
         try:
-            for ended in complete(engine, pending, encode):
+            for ended in complete(engine, left, encode):
                 if results is not None:
                     results.append(
                         *(completion_record(*pair, settings.model, token_text) for pair in ended)
@@ -130,11 +130,11 @@ def run_batch(
         finally:
             run.seconds = time.perf_counter() - started
             run.compiling = clock.seconds()
-    run.interrupted = engine.totals.requests < len(pending)
+    run.interrupted = engine.totals.requests < len(left)
     return run
 
 
-def _pending(requests: Sequence[Request], results: Results | None) -> list[Request]:
+def pending(requests: Sequence[Request], results: Results | None) -> list[Request]:
     """The requests without a result, as process 0 knows them."""
     mine = "" if results is None else json.dumps(sorted(results.entries))
     done = set(json.loads(distributed.from_leader("what is done", mine)))

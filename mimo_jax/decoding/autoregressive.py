@@ -65,6 +65,9 @@ class Decoder:
       eos_ids: tokens that end a row, unless its parameters say to ignore them.
       placement: the mesh the model is on, and its rules; None if it is on one device.
 
+    Attributes:
+      ways: into how many parts rows are split, of which batches have multiples.
+
     The module is flattened once: flattening a large one at every call costs milliseconds.
     """
 
@@ -81,7 +84,7 @@ class Decoder:
         self.valid_vocabulary = valid_vocabulary
         self.eos_ids = tuple(eos_ids)
         self._leaves, self._treedef = jax.tree.flatten(self._modules(model), is_leaf=_is_quantized)
-        self._ways = 1 if placement is None else placement.batch_ways
+        self.ways = 1 if placement is None else placement.batch_ways
         self._ran: set[tuple[Any, ...]] = set()
         static = ("top_logprobs",)
         self._prefill = jax.jit(self._prefill_step, static_argnames=static, donate_argnames="held")
@@ -246,7 +249,7 @@ class Decoder:
         cache_len = bucket(longest, limit, 256) if max_len is None else max_len
         # Batches are padded to powers of two, then to what the mesh divides, with rows that never
         # start.
-        rows = -(-bucket(real, 1 << 30, 1) // self._ways) * self._ways
+        rows = -(-bucket(real, 1 << 30, 1) // self.ways) * self.ways
         empty: list[int] = []
         prompts = [*prompts, *[empty] * (rows - real)]
         params = [*params, *[SamplingParams(temperature=0.0)] * (rows - real)]
@@ -311,15 +314,15 @@ class Decoder:
           NotEnoughMemoryError: that many rows of that length don't; says what would help.
         """
         # A small one shows how they are split, which shapes don't.
-        small = jax.tree.leaves(self.empty(self._ways, min(max_len, SMALLEST_BUCKET)))
-        whole = jax.tree.leaves(jax.eval_shape(lambda: self.empty(self._ways, max_len)))
+        small = jax.tree.leaves(self.empty(self.ways, min(max_len, SMALLEST_BUCKET)))
+        whole = jax.tree.leaves(jax.eval_shape(lambda: self.empty(self.ways, max_len)))
         one = sum(
             math.prod(a.sharding.shard_shape(b.shape)) * a.dtype.itemsize
             for a, b in zip(small, whole, strict=True)
         )
         devices = small[0].sharding.addressable_devices
         check_memory(
-            dict.fromkeys(devices, one * -(-rows // self._ways)),
+            dict.fromkeys(devices, one * -(-rows // self.ways)),
             f"{rows} rows of a cache of {max_len} positions",
             "decode fewer completions together (batch_size), make the cache shorter (max_len)",
         )
