@@ -38,9 +38,13 @@ WITHIN = {
         *("config", "quant", "model", "checkpoint", "decoding", "engine", "tokenizer"),
         *("language_model", "api"),
     },
+    "portability": {
+        *("config", "quant", "model", "checkpoint", "decoding", "engine", "tokenizer"),
+        *("language_model", "api", "planning"),
+    },
     "cli": {
         *("config", "quant", "model", "checkpoint", "decoding", "engine", "tokenizer"),
-        *("language_model", "api", "planning", "."),
+        *("language_model", "api", "planning", "portability", "."),
     },
     "__main__": {"cli"},
 }
