@@ -79,32 +79,51 @@ def _tpu(name: str, kind: str, topology: str, cores: int = 1) -> Hardware:
 
 
 HOPPER = Hardware("hopper", Target("cuda", "NVIDIA H100 80GB HBM3", 90), 132, "1x1x8")
+AMPERE = Hardware("ampere", Target("cuda", "NVIDIA A100-SXM4-80GB", 80), 108, "1x1x8")
+BLACKWELL = Hardware("blackwell", Target("cuda", "NVIDIA B200", 100), 148, "1x1x8")
+GPUS = (HOPPER, AMPERE, BLACKWELL)
+V4 = _tpu("v4", "TPU v4", "2x2x1", cores=2)
 V5E = _tpu("v5e", "TPU v5 lite", "2x4")
 V6E = _tpu("v6e", "TPU v6 lite", "2x4")
 V5P = _tpu("v5p", "TPU v5", "2x2x2", cores=2)
 TPU7X = _tpu("tpu7x", "TPU7x", "2x2x1")
-TPUS = (V5E, V6E, V5P, TPU7X)
+TPUS = (V5E, V6E, V5P, TPU7X)  # those that the kernels are tested for
 
-# XLA's description of the GPU named here, as jax reports it on one.
-_HOPPER_CONFIG = """
-gpu_device_info {
+# XLA's description of a GPU in its own format, as jax reports it on an H100.
+_GPU_CONFIG = """
+gpu_device_info {{
   threads_per_block_limit: 1024 threads_per_warp: 32
-  shared_memory_per_block: 49152 shared_memory_per_core: 233472
-  threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
+  shared_memory_per_block: 49152 shared_memory_per_core: {shared}
+  threads_per_core_limit: 2048 core_count: {cores} fpus_per_core: {fpus}
   block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
-  device_memory_size: 84942979072 shared_memory_per_block_optin: 232448
-  cuda_compute_capability { major: 9 }
+  memory_bandwidth: {bandwidth} l2_cache_size: {l2} clock_rate_ghz: {clock}
+  device_memory_size: {memory} shared_memory_per_block_optin: {block_shared}
+  cuda_compute_capability {{ major: {major} }}
   registers_per_core_limit: 65536 registers_per_block_limit: 65536
   thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
-  device_vendor: "NVIDIA Corporation" device_address_bits: 64 name: "NVIDIA H100 80GB HBM3"
+  device_vendor: "NVIDIA Corporation" device_address_bits: 64 name: "{name}"
   driver_version: "13.0.0" runtime_version: "13.0.0" compile_time_toolkit_version: "13.0.0"
   dnn_version: "9.10.0"
-}
+}}
 platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 10 patch: 0 }
-device_description_str: "NVIDIA H100 80GB HBM3"
+dnn_version_info {{ major: 9 minor: 10 patch: 0 }}
+device_description_str: "{name}"
 """
+# The H100's figures are those that jax reports on one; the others' are the vendor's.
+_GPU_FIGURES: dict[str, dict[str, Any]] = {
+    "hopper": {
+        "shared": 233472, "block_shared": 232448, "fpus": 128, "clock": 1.98,
+        "bandwidth": 3352320000000, "l2": 52428800, "memory": 84942979072,
+    },
+    "ampere": {
+        "shared": 167936, "block_shared": 166912, "fpus": 64, "clock": 1.41,
+        "bandwidth": 2039000000000, "l2": 41943040, "memory": 85899345920,
+    },
+    "blackwell": {
+        "shared": 233472, "block_shared": 232448, "fpus": 128, "clock": 1.965,
+        "bandwidth": 8000000000000, "l2": 132644864, "memory": 192000000000,
+    },
+}  # fmt: skip
 
 
 @functools.cache
@@ -117,14 +136,22 @@ def _topology(hardware: Hardware) -> Any:
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
         os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
         os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-        return topologies.get_topology_desc(hardware.topology, "tpu")
+        # A v4 chip's two cores are one device, as they are for programs that run on one.
+        options = {"chip_config_name": "megacore"} if hardware.name == "v4" else {}
+        return topologies.get_topology_desc(hardware.topology, "tpu", **options)
+    config = _GPU_CONFIG.format(
+        name=hardware.target.kind,
+        major=hardware.target.capability // 10,
+        cores=hardware.cores,
+        **_GPU_FIGURES[hardware.name],
+    )
     return topologies.get_topology_desc(
-        hardware.topology, "cuda", target_config=_HOPPER_CONFIG, topology=hardware.topology
+        hardware.topology, "cuda", target_config=config, topology=hardware.topology
     )
 
 
-def lower(hardware: Hardware, f: Callable, *args: Any, mesh: Mesh | None = None) -> Any:
-    """Lowers `f` for a device; needs no compiler of it.
+def trace(hardware: Hardware, f: Callable, *args: Any, mesh: Mesh | None = None) -> Any:
+    """Traces `f` as a device would; needs no compiler of it.
 
     Args:
       hardware: the device.
@@ -133,8 +160,30 @@ def lower(hardware: Hardware, f: Callable, *args: Any, mesh: Mesh | None = None)
       mesh: of the hardware's `devices()`; None for one device.
 
     Returns:
+      What `jax.jit(f).trace(*args)` returns on the device, for `lower_traced`.
+    """
+    jitted = f if hasattr(f, "trace") else jax.jit(f)
+    with _as_if_on(hardware, mesh):
+        return jitted.trace(*args)
+
+
+def lower_traced(hardware: Hardware, traced: Any, mesh: Mesh | None = None) -> Any:
+    """Lowers what `trace` returned for the same device and mesh."""
+    with _as_if_on(hardware, mesh):
+        return traced.lower(lowering_platforms=(hardware.target.platform,))
+
+
+def lower(hardware: Hardware, f: Callable, *args: Any, mesh: Mesh | None = None) -> Any:
+    """Traces and lowers `f` for a device; needs no compiler of it.  Arguments as of `trace`.
+
+    Returns:
       What `jax.jit(f).lower(*args)` returns on the device.
     """
+    return lower_traced(hardware, trace(hardware, f, *args, mesh=mesh), mesh)
+
+
+def _as_if_on(hardware: Hardware, mesh: Mesh | None) -> Any:
+    """A context in which the device is there."""
     sizes, names, types = (1,), ("device",), (AxisType.Auto,)
     if mesh is not None:
         sizes, names, types = mesh.axis_sizes, mesh.axis_names, mesh.axis_types
@@ -144,11 +193,9 @@ def lower(hardware: Hardware, f: Callable, *args: Any, mesh: Mesh | None = None)
         num_cores=hardware.cores,
         platform="gpu" if platform == "cuda" else platform,
     )
-    jitted = f if hasattr(f, "trace") else jax.jit(f)
-    with jax.sharding.use_abstract_mesh(
-        AbstractMesh(sizes, names, types, abstract_device=kind)  # kernels look the device up
-    ):
-        return jitted.trace(*args).lower(lowering_platforms=(platform,))
+    # Kernels look the device up.
+    described = AbstractMesh(sizes, names, types, abstract_device=kind)
+    return jax.sharding.use_abstract_mesh(described)
 
 
 # Of Mosaic GPU kernels, by their hashes: what ptxas reported of the program they were first in.
@@ -192,12 +239,21 @@ def compile(
       RuntimeError: the compiler isn't here (`make compile`).
     """
     if mesh is None:
-        one = Mesh(np.array(hardware.devices()[:1]), ("device",))
-        args = placed(args, NamedSharding(one, PartitionSpec()))
+        args = on_first_device(hardware, args)
+    return compile_lowered(hardware, lower(hardware, f, *args, mesh=mesh), spills=spills)
+
+
+def on_first_device(hardware: Hardware, arrays: Any) -> Any:
+    """Shapes of arrays in any pytree, placed on the first of the hardware's devices."""
+    one = Mesh(np.array(hardware.devices()[:1]), ("device",))
+    return placed(arrays, NamedSharding(one, PartitionSpec()))
+
+
+def compile_lowered(hardware: Hardware, lowered: Any, *, spills: bool = False) -> Compiled:
+    """Compiles what `lower` or `lower_traced` returned; errors as of `compile`."""
     if hardware.target.platform == "tpu":
-        return Compiled(lower(hardware, f, *args, mesh=mesh).compile(), {})
+        return Compiled(lowered.compile(), {})
     with tempfile.TemporaryDirectory() as folder, _mosaic_gpu_dumps(folder):
-        lowered = lower(hardware, f, *args, mesh=mesh)
         try:
             options = {"xla_gpu_fail_ptx_compilation_on_register_spilling": not spills}
             program = lowered.compile(compiler_options=options)

@@ -19,10 +19,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from bench_jobs import Check, Job, chain, error, supported
+from bench_jobs import Check, Job, supported
 from jax.experimental.pallas.ops.gpu import attention_mgpu
 from jax.experimental.pallas.ops.gpu import decode_attention as jax_decode
 
+from mimo_jax.portability.timing import chain, error
 from pallas_kernels import attention, decode_attention
 from pallas_kernels.attention import cases, reference
 from pallas_kernels.backends import REFERENCE

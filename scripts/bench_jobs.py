@@ -1,17 +1,14 @@
-"""What the benchmarks of kernels share: jobs, clocks and errors."""
+"""What the benchmarks of kernels share: jobs and checks."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from pallas_kernels import backends
 
@@ -60,58 +57,9 @@ class Check:
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def chain(call: Callable[..., Any], sets: int, shortest: float) -> tuple[Any, int]:
-    """A program of calls, each on the next set of what is read, and how many calls there are.
-
-    Args:
-      call: from q, what is the same in all calls, and a set.
-      sets: how many sets there are.
-      shortest: seconds of a call, about: a program takes some milliseconds.
-    """
-    trips = max(1, math.ceil(3e-3 / (shortest * sets)))
-
-    def program(q: Any, given: Any, held: Any) -> tuple[Any, tuple]:
-        # All results are kept, or XLA would leave out those that only the barrier needs.
-        def trip(_: Any, carry: tuple[Any, list[Any]]) -> tuple[Any, list[Any]]:
-            q, results = carry[0], []
-            for one in held:
-                q, y = jax.lax.optimization_barrier((q, call(q, given, one)))
-                results.append(y)
-            return q, results
-
-        kinds = jax.eval_shape(call, q, given, held[0])
-        empty = [jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), kinds) for _ in held]
-        results = jax.lax.fori_loop(0, trips, trip, (q, empty))[1]
-        return results, (results[0],)
-
-    return jax.jit(program), trips * sets
-
-
-def timed(program: Any, args: tuple, calls: int, groups: int = 5) -> float:
-    """Seconds of a call: the median of several groups of runs of a compiled program."""
-    jax.block_until_ready(program(*args))
-    started = time.perf_counter()
-    jax.block_until_ready(program(*args))
-    runs = max(1, min(8, int(0.05 / (time.perf_counter() - started))))
-    times = []
-    for _ in range(groups):
-        started = time.perf_counter()
-        for _ in range(runs):
-            out = program(*args)
-        jax.block_until_ready(out)
-        times.append((time.perf_counter() - started) / runs / calls)
-    return statistics.median(times)
-
-
 def poison(gib: int) -> None:
     """Fills free memory with NaN, so that results which aren't written show."""
     jax.block_until_ready([jnp.full(2**28, jnp.nan, jnp.float32) for _ in range(gib)])
-
-
-def error(got: Any, expected: Any) -> float:
-    """Relative error, by norm."""
-    got, expected = np.asarray(got, np.float32), np.asarray(expected)
-    return float(np.linalg.norm(got - expected) / np.linalg.norm(expected))
 
 
 def n_calls(read: float, flops: float) -> int:

@@ -25,11 +25,12 @@ import bench_step
 import jax
 import jax.numpy as jnp
 import numpy as np
-from bench_jobs import Check, Job, error, n_calls, poison, supported, timed
+from bench_jobs import Check, Job, n_calls, poison, supported
 from circumstances import circumstances
 from rich.console import Console
 from rich.table import Table
 
+from mimo_jax.portability.timing import error, timed
 from pallas_kernels import backends, moe, packed, quantized_matmul
 from pallas_kernels.backends import REFERENCE, Target
 from pallas_kernels.formats import FP8Array, MXFP4Array

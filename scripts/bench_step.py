@@ -11,8 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from bench_jobs import Check, Job, chain, error, supported
+from bench_jobs import Check, Job, supported
 
+from mimo_jax.portability.timing import chain, error
 from pallas_kernels import moe, rms_norm, rotate_and_store
 from pallas_kernels.backends import REFERENCE
 from pallas_kernels.moe import reference as moe_reference

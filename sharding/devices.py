@@ -128,9 +128,20 @@ _GPUS = (
 )
 
 # Usable memory of TPUs is what libtpu 0.0.48 lets a program allocate, asked by compiling one that
-# is too large.  The other figures are those of docs.cloud.google.com/tpu/docs/{v5e,v5p,v6e,tpu7x};
+# is too large.  The other figures are those of docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x};
 # it gives the interconnect (ICI) of a chip in both directions together.
 _TPUS = (
+    Device(
+        "v4",
+        ("TPU v4",),  # one device a chip: its two cores work as one (megacore)
+        memory=Figure(32 * GIB, "datasheet"),
+        usable=Figure(int(30.75 * GIB), "compiler"),
+        bandwidth=Figure(1.228e12, "datasheet"),
+        flops=Figure(275e12, "datasheet"),
+        interconnect=Figure(300e9, "datasheet"),
+        latency=_TPU_LATENCY,
+        domain=4096,
+    ),
     Device(
         "v5e",
         ("TPU v5 lite", "TPU v5e"),

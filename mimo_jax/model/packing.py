@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 from flax import nnx
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mimo_jax.config import MiMoConfig
@@ -16,6 +17,7 @@ from mimo_jax.model.backbone import MiMo
 from mimo_jax.model.dflash import DFlashAttention
 from mimo_jax.model.layers import RMSNorm
 from mimo_jax.model.parameters import ParamSpec, abstract, parameters
+from mimo_jax.model.placement import Placement
 from mimo_jax.quant import FP8Array, MXFP4Array
 from pallas_kernels import packed
 from pallas_kernels.backends import REFERENCE, BackendError
@@ -55,23 +57,40 @@ def use_kernels(module: nnx.Module, kernels: Sequence[str], *, native_e2m1: bool
         param.set_value(pack(param.get_value(), kernels, native_e2m1))
 
 
-def abstract_packed(config: MiMoConfig, kernels: Sequence[str]) -> MiMo:
+def abstract_packed(
+    config: MiMoConfig,
+    kernels: Sequence[str],
+    placement: Placement | None = None,
+    *,
+    native_e2m1: bool = False,
+) -> MiMo:
     """A model that uses kernels as shapes, to compile for.
 
     Args:
       config: of the model.
       kernels: as for `use_kernels`; weights that they may hold are packed.
+      placement: on a mesh, whose devices need not exist; one device by default.
+      native_e2m1: as for `pallas_kernels.packed.pack`.
+
+    Raises:
+      ShardingError: the mesh does not divide the model.
     """
     kernels = tuple(kernels)
     model = abstract(lambda make: MiMo(config, make), config.dtype, quantized=True)
     set_kernels(model, kernels)
-    if kernels == (REFERENCE,):
-        return model
     for _, param in parameters(model):
         value = param.get_value()
-        if isinstance(value, FP8Array | MXFP4Array) and has_kernels(param.spec, kernels):
-            param.set_value(jax.eval_shape(functools.partial(packed.pack, kernels=kernels), value))
+        if placement is not None:
+            value = jax.tree.map(_shape_on, value, placement.shardings(param.spec, value))
+        if isinstance(value, FP8Array | MXFP4Array) and kernels != (REFERENCE,):
+            if has_kernels(param.spec, kernels) and entries(value.codes) == entries(value.scales):
+                value = _abstract_pack(value, kernels, native_e2m1)
+        param.set_value(value)
     return model
+
+
+def _shape_on(array: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
 
 
 def set_kernels(module: nnx.Module, kernels: tuple[str, ...]) -> None:
@@ -90,13 +109,36 @@ def pack(
     weights before have left, of which jax's allocator would give all where less than 128 MiB were
     to remain, and devices that lag behind don't hold weights twice.
     """
-    on_mesh = explicit_mesh(value.codes) is not None
-    places = tuple(P(*entries(a)) for a in (value.codes, value.scales)) if on_mesh else None
-    parts = type(value)(*(_part(a) for a in (value.codes, value.scales)))
+    mesh, places, parts = _parts(value)
     like, scales, words = _packing(kernels, native_e2m1, parts, places)
-    with use(value.codes.sharding.mesh if on_mesh else None):
+    with use(mesh):
         packed_scales = jax.block_until_ready(scales(value))
         return like.with_arrays(jax.block_until_ready(words(value)), packed_scales)
+
+
+def _abstract_pack(
+    value: FP8Array | MXFP4Array, kernels: tuple[str, ...], native_e2m1: bool
+) -> packed.Packed:
+    """`pack` of shapes."""
+    mesh, places, parts = _parts(value)
+    like, *programs = _packing(kernels, native_e2m1, parts, places)
+    with use(mesh):
+        scales, words = (jax.eval_shape(program, value) for program in programs)
+    if places is not None:
+        where = packed.placed(like, *places)
+        scales = _shape_on(scales, NamedSharding(mesh, where.scales))
+        words = _shape_on(words, NamedSharding(mesh, where.words))
+    return like.with_arrays(words, scales)
+
+
+def _parts(value: FP8Array | MXFP4Array) -> tuple[Any, Any, Any]:
+    """The mesh that weights are on, their partition specs, and each device's part as shapes; the
+    first two None on one device."""
+    parts = type(value)(*(_part(a) for a in (value.codes, value.scales)))
+    if explicit_mesh(value.codes) is None:
+        return None, None, parts
+    places = tuple(P(*entries(a)) for a in (value.codes, value.scales))
+    return value.codes.sharding.mesh, places, parts
 
 
 @functools.cache
@@ -128,7 +170,9 @@ def _packing(
 
 
 def _part(array: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(array.sharding.shard_shape(array.shape), array.dtype)
+    sharding = array.sharding  # None of a shape on one device
+    shape = array.shape if sharding is None else sharding.shard_shape(array.shape)
+    return jax.ShapeDtypeStruct(shape, array.dtype)
 
 
 def has_kernels(spec: ParamSpec, kernels: tuple[str, ...]) -> bool:

@@ -153,7 +153,7 @@ class Row:
     devices: int
     mesh: str
     backend: str
-    stages: Mapping[str, Stage]
+    stages: Mapping[StageName, Stage]
     program: Program | None = None
     agreement: Agreement | None = None
     speed: Speed | None = None
@@ -167,9 +167,11 @@ class Row:
     @property
     def reached(self) -> tuple[StageName, Stage]:
         """The last stage that was run, and how it ended; the first if none was."""
-        tried = [name for name in STAGES if self.stages[name].status != "not run"]
-        name = tried[-1] if tried else STAGES[0]
-        return name, self.stages[name]
+        reached = STAGES[0]
+        for name in STAGES:
+            if self.stages[name].status != "not run":
+                reached = name
+        return reached, self.stages[reached]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -312,6 +314,11 @@ class Results:
             return cls.from_json(text)
         except ResultsError as error:
             raise ResultsError(f"{file}: {error}") from None
+
+
+def row_from(data: Any) -> Row:
+    """The row of which `dataclasses.asdict` made this; errors as of a constructor."""
+    return _read(Row, data)
 
 
 def _read(kind: Any, data: Any) -> Any:
