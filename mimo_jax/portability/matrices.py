@@ -13,12 +13,6 @@ from mimo_jax.portability.table import Cell, Table, cells, ordered, room_cell, r
 STEPS = ("prefill", "decode", "verify")
 _INTERPRETED = " interpreted"
 _EMPTY = Cell(wording.NO_ROW, "no row")
-_TALLY: tuple[tuple[Status, str], ...] = (
-    ("ok", "ok"),
-    ("failed", "failed"),
-    ("refused", "refused"),
-    ("not run", "not run"),
-)
 
 
 def is_step(row: Row) -> bool:
@@ -27,37 +21,39 @@ def is_step(row: Row) -> bool:
 
 
 def overview(results: Results) -> Table:
-    """Operations by backend: how many cases work on each target."""
+    """Targets by operations: how far the cases of each backend get."""
     rows = [row for row in results if not is_step(row)]
-    targets = ordered(rows)
-    found: dict[tuple[str, str], dict[str, list[Row]]] = {}
-    for row in rows:
-        by_target = found.setdefault((row.subject, row.backend), {})
-        by_target.setdefault(row.target, []).append(row)
+    subjects = list(dict.fromkeys(row.subject for row in rows))
     return Table(
-        "Operations: cases of each target, by how they ended",
-        ["operation", "backend", *map(wording.line, targets)],
-        "<" * (2 + len(targets)),
+        "Operations on each target: backends, and how many cases get how far",
+        ["target", *map(wording.line, subjects)],
+        "<" * (1 + len(subjects)),
         [
             cells(
-                wording.line(subject),
-                wording.line(backend),
-                *(_tally(by_target.get(t, [])) for t in targets),
+                wording.line(target),
+                *(
+                    _tally([r for r in rows if (r.target, r.subject) == (target, subject)])
+                    for subject in subjects
+                ),
             )
-            for (subject, backend), by_target in found.items()
+            for target in ordered(rows)
         ],
-        "“ok” is as far as it was run: where the device was not there, that is compiling.",
+        "Where a device was not present, compiling is as far as a case can get.",
     )
 
 
 def _tally(rows: Sequence[Row]) -> list[Cell]:
     if not rows:
         return [_EMPTY]
-    found = collections.Counter(wording.worst(row)[0] for row in rows)
+    found: dict[str, collections.Counter[tuple[Status, str]]] = {}
+    for row in rows:
+        status, name = wording.worst(row)
+        words = wording.GETS[name] if status == "ok" else status
+        found.setdefault(row.backend, collections.Counter())[status, words] += 1
     return [
-        Cell(f"{wording.SYMBOLS[status]} {found[status]} {word}", status)
-        for status, word in _TALLY
-        if found[status]
+        Cell(f"{wording.SYMBOLS[status]} {wording.line(backend)}: {n} {words}", status)
+        for backend, counts in found.items()
+        for (status, words), n in counts.items()
     ]
 
 

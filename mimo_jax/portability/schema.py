@@ -51,8 +51,7 @@ def _entry(kind: Any) -> Entry:
     text, _, attributes = (inspect.getdoc(kind) or "").partition("\nAttributes:\n")
     meanings = dict(_meanings(attributes))
     fields = tuple(
-        (f.name, _type(str(f.type)), meanings.get(f.name, ""))
-        for f in dataclasses.fields(kind)
+        (f.name, _type(str(f.type)), meanings.get(f.name, "")) for f in dataclasses.fields(kind)
     )
     return Entry(kind.__name__, " ".join(text.split()), fields)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from mimo_jax.portability import wording
 from mimo_jax.portability.matrices import is_step
@@ -232,11 +232,14 @@ def _run(n: int, run: Run, results: Results) -> list[Sequence[Cell]]:
             Cell(f"Python {wording.line(run.python)}"),
         ],
         "; ".join(f"{n} x {wording.line(kind)}" for kind, n in run.devices.items()) or "CPU only",
-        [*(Cell(f"{wording.line(k)} {wording.line(v)}") for k, v in run.versions.items())]
-        + [Cell(commit)],
-        [Cell(f"{wording.line(k)} {wording.line(v)}") for k, v in run.compilers.items()] or "none",
+        [Cell(text) for text in (*_named(run.versions), commit)],
+        [Cell(text) for text in _named(run.compilers)] or "none",
         wording.line(run.command),
     )
+
+
+def _named(versions: Mapping[str, str]) -> list[str]:
+    return [f"{wording.line(name)} {wording.line(version)}" for name, version in versions.items()]
 
 
 def everything(results: Results, reasons: Reasons) -> Table:

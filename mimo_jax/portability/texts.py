@@ -6,7 +6,7 @@ import collections
 from collections.abc import Iterator
 
 from mimo_jax.portability import wording
-from mimo_jax.portability.results import Results, Status
+from mimo_jax.portability.results import Results, StageName, Status
 
 TITLE = "What of MiMo in JAX runs where"
 
@@ -57,22 +57,30 @@ TARGETS = (
 )
 
 
-def summary(results: Results) -> str:
-    """The study in a sentence or two."""
+def totals(results: Results) -> list[tuple[Status, int, str]]:
+    """How many rows got how far, and how many didn't."""
     found = collections.Counter(wording.worst(row)[0] for row in results)
-    targets = {row.target for row in results}
-    compiled = sum(row.stages["compile"].status == "ok" for row in results)
-    checked = sum(row.stages["agree"].status == "ok" for row in results)
-    timed = sum(row.stages["time"].status == "ok" for row in results)
+
+    def ok(name: StageName) -> int:
+        return sum(row.stages[name].status == "ok" for row in results)
+
+    return [
+        ("ok", ok("compile"), "compile"),
+        ("ok", ok("agree"), "agree with the reference"),
+        ("ok", ok("time"), "timed"),
+        ("failed", found["failed"], "failed"),
+        ("refused", found["refused"], "refused"),
+        ("not run", found["not run"], "not run at all"),
+    ]
+
+
+def summary(results: Results) -> str:
+    """The study in a sentence."""
     if not results.rows:
         return "The study has no rows: nothing was tried."
-    return (
-        f"{wording.count(len(results.rows), 'row')} on {wording.count(len(targets), 'target')}: "
-        f"{found['ok']:,} ok as far as they were run, {found['failed']:,} failed, "
-        f"{found['refused']:,} refused, {found['not run']:,} not run. "
-        f"{compiled:,} compiled, {checked:,} were checked against the reference and agree, "
-        f"{timed:,} were timed."
-    )
+    targets = wording.count(len({row.target for row in results}), "target")
+    rest = ", ".join(f"{n:,} {words}" for _, n, words in totals(results))
+    return f"{wording.count(len(results.rows), 'row')} on {targets}: {rest}."
 
 
 def circumstances(results: Results) -> Iterator[str]:

@@ -11,12 +11,19 @@ from mimo_jax.portability.results import STAGES, Row, Speed, StageName, Status
 SYMBOLS: Mapping[Status, str] = {"ok": "✓", "failed": "✗", "refused": "⊘", "not run": "○"}
 NO_ROW = "· not in the study"
 
-# What a stage that is ok, and one that failed, says of a row.
+# What a stage that is ok says of a row and of several, and one that failed of a row.
 WORKS: Mapping[StageName, str] = {
     "trace": "traces",
     "lower": "lowers",
     "compile": "compiles",
     "agree": "agrees",
+    "time": "timed",
+}
+GETS: Mapping[StageName, str] = {
+    "trace": "trace",
+    "lower": "lower",
+    "compile": "compile",
+    "agree": "agree",
     "time": "timed",
 }
 FAILS: Mapping[StageName, str] = {
