@@ -137,7 +137,7 @@ def html_table(table: Table) -> Iterator[str]:
         rows = wording.count(len(table.rows), "row")
         yield f"<details><summary>{caption} ({rows})</summary>"
     yield f'<div class="scroll" role="region" tabindex="0" aria-label="{caption}"><table>'
-    yield f"<caption>{caption}</caption><thead><tr>"
+    yield f"<caption><span>{caption}</span></caption><thead><tr>"
     for column, align in zip(table.columns, table.align, strict=True):
         yield f'<th scope="col"{_align(align)}>{escape(column)}</th>'
     yield "</tr></thead><tbody>"
@@ -192,7 +192,7 @@ def _reason(reason: Reason) -> Iterator[str]:
     yield (
         f'<details class="reason"{shown}><summary><b>{reason.name}</b> '
         f'<span class="{_class(status)}">{wording.SYMBOLS[status]} {reason.summary()}</span> '
-        f"{escape(wording.line(reason.text, 160))}</summary>"
+        f"{escape(wording.headline(reason.text))}</summary>"
     )
     text = wording.excerpt(reason.text, _MESSAGE, 120)
     yield f'<pre id="{reason.name.lower()}" tabindex="0">{escape(text)}</pre><ul>'

@@ -23,12 +23,14 @@ class Bar:
     Attributes:
       label: what it is of.
       text: its length in words, and what it means.
+      details: more, for those who point at it or can't see it.
       parts: lengths by the class of their colour, as fractions of the limit.
       good: whether it is as it should be; None if there is no saying.
     """
 
     label: str
     text: str
+    details: str
     parts: Sequence[tuple[str, float]]
     good: bool | None = None
 
@@ -77,7 +79,8 @@ def _memory(row: Row, program: Program | None) -> Bar:
     backend = "" if row.backend == "auto" else f" · {wording.line(row.backend)}"
     return Bar(
         f"{wording.subject(row)}{mesh}{backend}",
-        f"{verdict}: {needed} of {usable} ({spent})",
+        f"{verdict}: {needed} of {usable}",
+        f"{needed} of {usable}: {spent}",
         [(name, n / program.usable_bytes) for name, n in used],
         program.fits,
     )
@@ -94,6 +97,7 @@ def roofline_groups(results: Results) -> list[Group]:
                     Bar(
                         f"{wording.line(row.case)} · {wording.line(row.backend)}",
                         f"{wording.percent(speed.fraction)} in {wording.duration(speed.seconds)}",
+                        f"{wording.percent(speed.fraction)} of the roofline",
                         [("speed", speed.fraction)],
                     )
                 )
@@ -130,7 +134,7 @@ def _bar(name: str, bar: Bar, limit: str, scale: float) -> Iterator[str]:
     yield (
         f'<svg role="img" aria-labelledby="{name}-t {name}-d" width="100%" height="16">'
         f'<title id="{name}-t">{escape(bar.label)}</title>'
-        f'<desc id="{name}-d">{escape(f"{bar.text}; the line is {limit}")}</desc>'
+        f'<desc id="{name}-d">{escape(f"{bar.details}; the line is {limit}")}</desc>'
     )
     yield f'<rect class="track" width="{_percent(1 / scale)}" height="16"/>'
     start = 0.0

@@ -68,9 +68,12 @@ def stage_cell(stage: Stage, reasons: Reasons, text: str = "") -> Cell:
 
 
 def row_cell(row: Row, reasons: Reasons, prefix: str = "") -> Cell:
-    """A row in a few words, and the reason if it isn't ok."""
+    """A row in a few words, and the reason if it isn't ok or wasn't even compiled."""
     status, name = wording.worst(row)
-    return state(status, f"{prefix}{wording.outcome(row)}", reasons.name(row.stages[name]))
+    stage = row.stages[name]
+    if status == "ok" and row.stages["compile"].status != "ok":
+        stage = row.stages["compile"]
+    return state(status, f"{prefix}{wording.outcome(row)}", reasons.name(stage))
 
 
 def room_cell(needed: int, usable: int | None, fits: bool | None) -> Cell:

@@ -8,7 +8,7 @@ from mimo_jax.portability import wording
 from mimo_jax.portability.matrices import is_step
 from mimo_jax.portability.reasons import Reasons
 from mimo_jax.portability.results import STAGES, Program, Results, Room, Row, Run, Slice
-from mimo_jax.portability.table import Cell, Table, cells, listed, room_cell, stage_cell
+from mimo_jax.portability.table import Cell, Table, cells, listed, room_cell, stage_cell, state
 
 _WHO = ("what", "where", "backend")
 
@@ -30,8 +30,8 @@ def memory(results: Results) -> Iterator[Table]:
         if found:
             yield Table(
                 f"{what}: memory of one device",
-                [*_WHO, "arguments", "results", "temporary", "code", "needed, of usable"],
-                "<<<>>>><",
+                [*_WHO, "needed, of usable", "arguments", "results", "temporary", "code"],
+                "<<<<>>>>",
                 [cells(*_who(row), *_buffers(program)) for row, program in found],
                 "Results that take the place of arguments are counted once, as arguments.",
                 folded=not wanted,
@@ -41,11 +41,11 @@ def memory(results: Results) -> Iterator[Table]:
 def _buffers(program: Program) -> tuple[str | Cell, ...]:
     code = program.code_bytes
     return (
+        room_cell(program.needed_bytes, program.usable_bytes, program.fits),
         wording.size(program.argument_bytes),
         wording.size(program.output_bytes - program.alias_bytes),
         wording.size(program.temp_bytes),
         "not said" if code is None else wording.size(code),
-        room_cell(program.needed_bytes, program.usable_bytes, program.fits),
     )
 
 
@@ -115,6 +115,7 @@ def numerics(results: Results, reasons: Reasons) -> Table:
                 *(f"Compared: {text.rstrip('.')}." for text in compared if text),
             ]
         ),
+        folded=len(found) > 40,
     )
 
 
@@ -129,7 +130,8 @@ def _measured(row: Row, reasons: Reasons) -> list[str | Cell]:
         name = reasons.name(row.stages["agree"])
         found[0] = Cell(f"✗ {error}", "failed", name)
     if speed is None:
-        return [*found, stage_cell(row.stages["time"], reasons), *["not run"] * 4]
+        none = Cell("not run", "no row")
+        return [*found, stage_cell(row.stages["time"], reasons), *[none] * 4]
     known = speed.roofline_seconds is not None
     return [
         *found,
@@ -145,24 +147,26 @@ def unmeasured(results: Results, reasons: Reasons) -> Table:
     """Why rows were not checked or not timed, by reason."""
     found: dict[tuple[str, str], int] = {}
     for row in results:
-        for name in ("agree", "time"):
+        mine: dict[str, list[str]] = {}
+        for name, verb in (("agree", "not checked"), ("time", "not timed")):
             if row.stages[name].status not in ("ok", "failed"):
-                key = name, reasons.name(row.stages[name])
-                found[key] = found.get(key, 0) + 1
-    texts = {reason.name: reason for reason in reasons}
-    verbs = {"agree": "not checked", "time": "not timed"}
+                mine.setdefault(reasons.name(row.stages[name]), []).append(verb)
+        for why, verbs in mine.items():
+            key = ", ".join(verbs), why
+            found[key] = found.get(key, 0) + 1
+    by_name = {reason.name: reason for reason in reasons}
     return Table(
         "What was not checked or not timed, and why",
         ["what", "rows", "status", "why"],
         "<><<",
         [
             cells(
-                verbs[name],
+                verbs,
                 f"{n:,}",
-                Cell(f"{wording.SYMBOLS[texts[why].status]} {texts[why].status}", reason=why),
-                wording.line(texts[why].text, 160),
+                state(by_name[why].status, reason=why),
+                wording.headline(by_name[why].text),
             )
-            for (name, why), n in sorted(found.items(), key=lambda item: (item[0][0], -item[1]))
+            for (verbs, why), n in sorted(found.items(), key=lambda item: -item[1])
         ],
     )
 

@@ -36,8 +36,8 @@ STATUSES: tuple[tuple[Status, str, str], ...] = (
     ("ok", "agrees, compiles", "The furthest stage that was run; all before it are ok."),
     ("failed", "fails to compile", "It was tried at that stage and failed: a defect, or a limit "
      "of the compiler."),
-    ("refused", "refused", "The project itself says that this form doesn't do this case; another "
-     "does."),
+    ("refused", "refused", "The project's own code says that this backend doesn't do this case, "
+     "so that another is taken."),
     ("not run", "not run", "Nobody tried, and the reason says why. It may or may not work."),
 )  # fmt: skip
 

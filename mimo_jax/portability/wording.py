@@ -108,6 +108,12 @@ def line(text: str, most: int = 300) -> str:
     return words if len(words) <= most else words[: most - 1].rstrip() + "…"
 
 
+def headline(text: str) -> str:
+    """The first line of a message, or its beginning."""
+    lines = [part for part in plain(text).splitlines() if part.strip()]
+    return line(lines[0] if lines else "", 160) + (" […]" if len(lines) > 1 else "")
+
+
 def excerpt(text: str, characters: int = 1200, lines: int = 16) -> str:
     """The beginning of a message, and how much is left out."""
     text = plain(text).strip("\n")
@@ -132,7 +138,7 @@ def place(row: Row) -> str:
     target = line(row.target)
     if row.devices > 1:
         target += f", {row.devices:,} devices"
-    return f"{target}, mesh {line(row.mesh)}" if row.mesh else target
+    return f"{target}, {line(row.mesh)}" if row.mesh else target
 
 
 def worst(row: Row) -> tuple[Status, StageName]:

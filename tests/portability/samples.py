@@ -48,9 +48,9 @@ RUN = Run(
 
 def stages(
     reached: StageName, status: Status = "ok", reason: str = "", rest: str = NO_DEVICE
-) -> dict[StageName, Stage]:
+) -> dict[str, Stage]:
     """Stages that are ok up to one, which ends as is said; those behind it weren't run."""
-    found: dict[StageName, Stage] = {}
+    found: dict[str, Stage] = {}
     for name in STAGES[: STAGES.index(reached)]:
         found[name] = Stage("ok", seconds=0.25)
     found[reached] = Stage(status, reason, None if status == "not run" else 1.5)
