@@ -181,7 +181,7 @@ def _of_usable(program: Program) -> str:
     return text if usable is None else f"{text} of {wording.size(usable)}"
 
 
-def _changed(before: float, after: float, limit: float) -> bool:
+def _changed(before: float | int, after: float | int, limit: float) -> bool:
     if math.isnan(before) or math.isnan(after):
         return math.isnan(before) != math.isnan(after)
     return abs(after - before) > limit * abs(before)
@@ -233,7 +233,7 @@ def _measured(
     return tuple(c for _, c in sorted(found, key=lambda item: -item[0]))
 
 
-def change(before: float, after: float) -> str:
+def change(before: float | int, after: float | int) -> str:
     """A change as a signed part of what was before."""
     if not before or not math.isfinite(before) or not math.isfinite(after):
         return "was none" if not before else "not a number"

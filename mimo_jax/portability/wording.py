@@ -47,7 +47,7 @@ _PICTURES |= dict.fromkeys([*range(0x202A, 0x202F), *range(0x2066, 0x206A)], 0xF
 _PICTURES |= dict.fromkeys([0x2028, 0x2029], "\n")
 
 
-def size(nbytes: float) -> str:
+def size(nbytes: float | int) -> str:
     """Bytes in the unit that suits them."""
     for unit, digits in (("B", 0), ("KiB", 1), ("MiB", 1)):
         if round(nbytes, digits) < 1024:
@@ -56,7 +56,7 @@ def size(nbytes: float) -> str:
     return f"{nbytes:,.2f} GiB"
 
 
-def duration(seconds: float) -> str:
+def duration(seconds: float | int) -> str:
     """A time in three digits, or minutes and seconds."""
     if not math.isfinite(seconds) or seconds < 0:
         return f"{seconds} s"
@@ -69,12 +69,12 @@ def duration(seconds: float) -> str:
     raise AssertionError
 
 
-def percent(fraction: float) -> str:
+def percent(fraction: float | int) -> str:
     """A fraction of something; a decimal below 10%."""
     return f"{fraction:.1%}" if abs(fraction) < 0.0995 else f"{fraction:.0%}"
 
 
-def number(value: float, unit: str = "") -> str:
+def number(value: float | int, unit: str = "") -> str:
     """A large number in three digits and a prefix, such as 12.3 GFLOP."""
     for scale, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= scale * 0.9995:
@@ -82,12 +82,12 @@ def number(value: float, unit: str = "") -> str:
     return f"{value:.0f} {unit}".rstrip()
 
 
-def _three(value: float) -> str:
+def _three(value: float | int) -> str:
     digits = 2 if value < 9.995 else 1 if value < 99.95 else 0
     return f"{value:.{digits}f}"
 
 
-def error(value: float) -> str:
+def error(value: float | int) -> str:
     """A relative error."""
     return f"{value:.1e}"
 

@@ -4,9 +4,9 @@ import dataclasses
 from typing import Any
 
 import pytest
-import samples
 from hypothesis import given
 from hypothesis import strategies as st
+from portability import samples
 
 from mimo_jax.portability.compare import Comparison, compare
 from mimo_jax.portability.results import STAGES, Exchange, Results, Row, Status
@@ -145,7 +145,7 @@ def test_circumstances_come_first():
     new = {**samples.RUN.versions, "jax": "0.12.0"}
     b = study(samples.row(), versions=new, devices={}, commit="fedcba", at="2026-08-01T00:00:00Z")
     found = compare(study(samples.row()), b)
-    assert dict((what, (x, y)) for what, x, y in found.circumstances) == {
+    assert {what: (x, y) for what, x, y in found.circumstances} == {
         "when": (samples.RUN.at, "2026-08-01T00:00:00Z"),
         "commit": (samples.RUN.commit, "fedcba"),
         "devices": ("1 x NVIDIA H100 80GB HBM3", "CPU only"),

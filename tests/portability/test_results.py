@@ -5,9 +5,9 @@ import json
 from typing import Any
 
 import pytest
-import samples
 from hypothesis import given
 from hypothesis import strategies as st
+from portability import samples
 
 from mimo_jax.portability import schema
 from mimo_jax.portability.results import STAGES, Results, ResultsError, Row, Stage
@@ -87,13 +87,13 @@ def test_any_value_in_any_place_is_read_or_refused(value):
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path):
-    with pytest.raises(ResultsError, match="results.json can't be read"):
+    with pytest.raises(ResultsError, match=r"results\.json can't be read"):
         Results.read(tmp_path)
     (tmp_path / "results.json").write_bytes(b"\xff\xfe")
-    with pytest.raises(ResultsError, match="results.json can't be read"):
+    with pytest.raises(ResultsError, match=r"results\.json can't be read"):
         Results.read(tmp_path)
     (tmp_path / "results.json").write_text("{}")
-    with pytest.raises(ResultsError, match="results.json: no results"):
+    with pytest.raises(ResultsError, match=r"results\.json: no results"):
         Results.read(tmp_path)
 
 
