@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from mimo_jax.portability import wording
 from mimo_jax.portability.markdown import escaped
+from mimo_jax.portability.reasons import gathered
 from mimo_jax.portability.results import Row
 
 if TYPE_CHECKING:
     from mimo_jax.portability.compare import Change, Comparison
+
+    _Item = Change | Row | tuple[str, str, str]
 
 
 def markdown(comparison: Comparison) -> str:
@@ -24,9 +27,10 @@ def markdown(comparison: Comparison) -> str:
     """
     parts = ["# What changed between two studies", verdict(comparison)]
     parts += _circumstances(comparison)
-    for title, text, lines in _lists(comparison):
-        if lines:
-            parts += [f"## {title} ({len(lines):,})", *([text] if text else []), "\n".join(lines)]
+    for title, text, found in _lists(comparison):
+        if found:
+            parts += [f"## {title} ({len(found):,})", *([text] if text else [])]
+            parts.append("\n".join(_lines(found)))
     return "\n\n".join(parts) + "\n"
 
 
@@ -51,38 +55,42 @@ def _circumstances(comparison: Comparison) -> Iterator[str]:
         yield f"The same in both: {', '.join(shared)}."
 
 
-def _lists(comparison: Comparison) -> Iterator[tuple[str, str, Sequence[str]]]:
+def _lists(comparison: Comparison) -> Iterator[tuple[str, str, Sequence[_Item]]]:
     c = comparison
-    yield "Regressions", "These were ok.", _changes(c.regressions)
-    yield "Repaired", "", _changes(c.repairs)
+    yield "Regressions", "These were ok.", c.regressions
+    yield "Repaired", "", c.repairs
     yield (
         "Not run any more",
         "These were ok and weren't run this time: neither better nor worse.",
-        _changes(c.not_run),
+        c.not_run,
     )
-    yield "Other stages", "", _changes(c.statuses)
-    yield "New rows", "", _rows(c.appeared)
-    yield "Rows that are gone", "", _rows(c.vanished)
-    yield "Memory of a device", "", _changes(c.memory)
-    yield "What programs are made of", "", _changes(c.programs)
-    yield "Speed", "Slower ones first.", _changes(c.speed)
-    yield "Errors beside the reference", "Larger ones first.", _changes(c.errors)
-    yield "Smallest slices", "", [_line(what, x, y) for what, x, y in c.slices]
+    yield "Other stages", "", c.statuses
+    yield "New rows", "", c.appeared
+    yield "Rows that are gone", "", c.vanished
+    yield "Memory of a device", "", c.memory
+    yield "What programs are made of", "", c.programs
+    yield "Speed", "Slower ones first.", c.speed
+    yield "Errors beside the reference", "Larger ones first.", c.errors
+    yield "Smallest slices", "", c.slices
 
 
-def _changes(changes: Iterable[Change]) -> list[str]:
-    """A line for each; what explains it stands behind."""
-    found: list[str] = []
-    for change in changes:
-        line = _line(f"{_who(change.row)}: {change.what}", change.before, change.after)
-        if change.reason:
-            line += f" ({escaped(wording.headline(change.reason))})"
-        found.append(line)
-    return found
+def _lines(found: Sequence[_Item]) -> Iterator[str]:
+    """A line for each change; rows that are alike are in one."""
+    rows = [(item, _got(item)) for item in found if isinstance(item, Row)]
+    yield from (f"- {escaped(text)}" for text in gathered(rows))
+    for item in found:
+        if isinstance(item, tuple):
+            yield _line(*item)
+        elif not isinstance(item, Row):
+            why = f" ({escaped(wording.headline(item.reason))})" if item.reason else ""
+            yield _line(f"{_who(item.row)}: {item.what}", item.before, item.after) + why
 
 
-def _rows(rows: Iterable[Row]) -> list[str]:
-    return [f"- {escaped(_who(row))}: {escaped(wording.outcome(row))}" for row in rows]
+def _got(row: Row) -> str:
+    """How far a row got, without numbers."""
+    status, name = wording.worst(row)
+    said = {"ok": wording.WORKS[name], "failed": wording.FAILS[name]}
+    return said.get(status, status)
 
 
 def _line(what: str, before: str, after: str) -> str:

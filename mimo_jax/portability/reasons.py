@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from mimo_jax.portability import wording
 from mimo_jax.portability.results import STAGES, Results, Row, Stage, StageName, Status
@@ -40,17 +40,22 @@ class Reason:
 
     def where(self) -> Iterator[str]:
         """A line for each subject, with the cases and targets that have this reason."""
-        targets: dict[tuple[str, str, str, str], list[str]] = {}
-        for row, stages in self.places:
-            key = row.subject, row.backend, ", ".join(stages), row.case
-            targets.setdefault(key, []).append(wording.place(row))
-        cases: dict[tuple[str, ...], list[str]] = {}
-        for (subject, backend, stages, case), places in targets.items():
-            key = subject, backend, stages, "; ".join(dict.fromkeys(places))
-            cases.setdefault(key, []).append(case)
-        for (subject, backend, stages, places), names in cases.items():
-            of = "; ".join(wording.line(name) for name in names)
-            yield f"{wording.line(subject)} ({of}) by {wording.line(backend)} on {places}: {stages}"
+        return gathered((row, ", ".join(stages)) for row, stages in self.places)
+
+
+def gathered(rows: Iterable[tuple[Row, str]]) -> Iterator[str]:
+    """Rows and what is said of them in few lines: cases and targets of the same together."""
+    targets: dict[tuple[str, str, str, str], list[str]] = {}
+    for row, said in rows:
+        key = row.subject, row.backend, said, row.case
+        targets.setdefault(key, []).append(wording.place(row))
+    cases: dict[tuple[str, ...], list[str]] = {}
+    for (subject, backend, said, case), places in targets.items():
+        key = subject, backend, said, "; ".join(dict.fromkeys(places))
+        cases.setdefault(key, []).append(case)
+    for (subject, backend, said, places), names in cases.items():
+        of = "; ".join(wording.line(name) for name in names)
+        yield f"{wording.line(subject)} ({of}) by {wording.line(backend)} on {places}: {said}"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from mimo_jax.portability import wording
 from mimo_jax.portability.results import Results, StageName, Status
@@ -25,7 +25,7 @@ INTRO = (
 STAGES = (
     ("trace", "JAX writes the computation down."),
     ("lower", "It is put into the form that the compiler of that kind of device reads."),
-    ("compile", "That compiler makes a program for the device of it."),
+    ("compile", "That compiler makes a program of it for the device."),
     ("agree", "It was run, and its numbers are those of a plain computation in float32, within "
      "a stated limit."),
     ("time", "It was timed on the device. The roofline is the time that reading the data or "
@@ -57,18 +57,20 @@ TARGETS = (
 )
 
 
-def totals(results: Results) -> list[tuple[Status, int, str]]:
+def totals(results: Results) -> Sequence[tuple[Status, int, str]]:
     """How many rows got how far, and how many didn't."""
     found = collections.Counter(wording.worst(row)[0] for row in results)
 
     def ok(name: StageName) -> int:
         return sum(row.stages[name].status == "ok" for row in results)
 
+    outgrown = sum(row.program is not None and row.program.fits is False for row in results)
     return [
         ("ok", ok("compile"), "compile"),
         ("ok", ok("agree"), "agree with the reference"),
         ("ok", ok("time"), "timed"),
         ("failed", found["failed"], "failed"),
+        *([("failed", outgrown, "compile but don't fit")] if outgrown else []),
         ("refused", found["refused"], "refused"),
         ("not run", found["not run"], "not run at all"),
     ]

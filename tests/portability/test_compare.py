@@ -81,7 +81,7 @@ def test_rows_appear_and_vanish():
     comparison = compare(study(samples.row(), old), study(samples.row(), new))
     assert (comparison.appeared, comparison.vanished) == ((new,), (old,))
     assert changes(comparison) == {"appeared": 1, "vanished": 1}
-    assert "- moe, new on h100 by triton: compiles" in comparison.markdown()
+    assert "- moe (new) by triton on h100: compiles" in comparison.markdown()
 
 
 @pytest.mark.parametrize(("gib", "told"), [(1.005, 0), (1.02, 1), (0.98, 1)])
