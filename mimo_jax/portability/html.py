@@ -15,6 +15,8 @@ from mimo_jax.portability.table import Cell, Table
 _CSS = "report.css"
 # Nothing is loaded or run, whatever a message may have brought in.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
+# Characters of a cell from which on its lines may break.
+_LONG = 60
 # Characters of a message that the page has.
 _MESSAGE = 6000
 
@@ -88,6 +90,7 @@ def _how() -> Iterator[str]:
         yield f"<dt>{mark}</dt><dd>{escape(text)}</dd>"
     yield f'<dt><span class="no-row">{wording.NO_ROW}</span></dt>'
     yield "<dd>No such row was asked for.</dd></dl>"
+    yield f"<p>{escape(texts.MEMORY)}</p>"
     yield '<p>Names such as R1 lead to <a href="#reasons">the reasons</a>.</p>'
     yield "<details><summary>What backends and targets are</summary><dl>"
     for name, text in texts.BACKENDS:
@@ -157,7 +160,12 @@ def _align(align: str) -> str:
 
 
 def _td(cells: Sequence[Cell], align: str) -> str:
-    return f"<td{_align(align)}>{''.join(f'<div>{_cell(cell)}</div>' for cell in cells)}</td>"
+    return f"<td{_align(align)}>{''.join(map(_line, cells))}</td>"
+
+
+def _line(cell: Cell) -> str:
+    long = ' class="long"' if len(cell.text) > _LONG else ""
+    return f"<div{long}>{_cell(cell)}</div>"
 
 
 def _cell(cell: Cell) -> str:

@@ -50,6 +50,7 @@ def _head(results: Results) -> Iterator[str]:
     statuses = [f"- {wording.SYMBOLS[s]} {words}: {text}" for s, words, text in texts.STATUSES]
     statuses.append(f"- {wording.NO_ROW}: no row of that kind was asked for.")
     yield "\n".join(statuses)
+    yield texts.MEMORY
     yield "Names such as R1 are reasons, which are [listed below](#reasons)."
     yield "Backends:\n\n" + "\n".join(f"- `{name}`: {text}" for name, text in texts.BACKENDS)
     yield texts.TARGETS

@@ -41,6 +41,11 @@ STATUSES: tuple[tuple[Status, str, str], ...] = (
     ("not run", "not run", "Nobody tried, and the reason says why. It may or may not work."),
 )  # fmt: skip
 
+MEMORY = (
+    "A program that compiles can still need more memory than a device has: it then says “too "
+    "large”, and would end with an error there."
+)
+
 BACKENDS = (
     ("reference", "plain JAX, compiled by XLA alone; every device has it"),
     ("triton", "own kernels for NVIDIA GPUs"),

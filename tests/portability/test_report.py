@@ -194,9 +194,50 @@ def test_memory_and_speed_are_drawn():
     assert 'id="plot-roofline"' in text
     assert "✗ too large: 131.54 GiB of 95.73 GiB" in text
     assert "80% in 100 us" in text
-    widths = [float(w) for w in re.findall(r'width="([0-9.]+)%"', text)]
-    assert widths
-    assert all(0 <= width <= 100 for width in widths)
+
+
+@pytest.mark.parametrize("name", ["every", "large"])
+def test_bars_end_within_the_plot(name):
+    """The large study has programs of more than twice a device's memory."""
+    bars = re.findall(r'x="([0-9.]+)%" width="([0-9.]+)%"', markup(name))
+    assert bars
+    assert all(float(x) >= 0 and float(x) + float(width) <= 100.02 for x, width in bars)
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_error_and_time_is_in_a_table(name):
+    page, text = page_of(name).text, unescaped(text_of(name))
+    for row in STUDIES[name]:
+        who = f"{wording.subject(row)} | {wording.place(row)} | {wording.line(row.backend)}"
+        for measured, word in ((row.agreement, wording.error), (row.speed, wording.duration)):
+            if measured is not None:
+                value = getattr(measured, "error", None) or getattr(measured, "seconds", 0.0)
+                assert word(value) in page
+                assert re.search(rf"^\| {re.escape(who)} \|.*{re.escape(word(value))}", text, re.M)
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        (samples.measured(), "agrees, 80% of roofline"),
+        (samples.measured(roofline=None), "agrees, 100 us"),
+        (samples.row(), "compiles"),
+        (samples.row(stages=samples.stages("agree")), "agrees"),
+        (samples.row(stages=samples.stages("compile", "failed", "x")), "fails to compile"),
+        (samples.row(stages=samples.stages("compile", "refused", "x")), "refused"),
+        (samples.row(stages=samples.stages("agree", "failed", "x")), "disagrees"),
+        (samples.row(stages=samples.stages("lower", "not run", "x")), "traces"),
+        (samples.row(stages=samples.stages("trace", "not run", "x")), "not run"),
+        (
+            samples.measured(
+                stages={**samples.stages("time"), "agree": samples.Stage("not run", "x")}
+            ),
+            "not checked, 80% of roofline",
+        ),
+    ],
+)
+def test_a_row_in_a_few_words(row, words):
+    assert wording.outcome(row) == words
 
 
 odd = st.text() | st.sampled_from([samples.ODD, samples.LONG, "</pre>", "```", "a|b", "&lt;"])
