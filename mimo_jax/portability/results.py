@@ -44,7 +44,12 @@ class Stage:
 
 @dataclasses.dataclass(frozen=True)
 class Exchange:
-    """Collectives of one kind: how many, and the bytes of their results on one device."""
+    """Collectives of one kind.
+
+    Attributes:
+      count: how many there are in the program.
+      bytes: of their results on one device, together.
+    """
 
     count: int
     bytes: int
@@ -126,7 +131,9 @@ class Speed:
     @property
     def fraction(self) -> float | None:
         """Of the roofline that is reached."""
-        return None if self.roofline_seconds is None else self.roofline_seconds / self.seconds
+        if self.roofline_seconds is None or not self.seconds:
+            return None
+        return self.roofline_seconds / self.seconds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +148,7 @@ class Row:
       mesh: how they are arranged, "" for one device.
       backend: "reference", "triton", "mosaic_gpu" or "mosaic_tpu", with " interpreted" behind it
         where a CPU plays the device; "auto" where a model's operations choose.
-      stages: all of STAGES.
+      stages: of each name in STAGES ("trace", "lower", "compile", "agree", "time").
       program: None where it didn't compile.
       agreement, speed: None where they weren't measured.
       run: index of the machine and time in `Results.runs`.
@@ -158,6 +165,10 @@ class Row:
     agreement: Agreement | None = None
     speed: Speed | None = None
     run: int = 0
+
+    def __post_init__(self) -> None:
+        if set(self.stages) != set(STAGES):
+            raise ValueError(f"a row needs the stages {', '.join(STAGES)}, not {[*self.stages]}")
 
     @property
     def key(self) -> tuple[str, str, str, str, str]:
@@ -247,7 +258,13 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Results:
-    """A whole study."""
+    """A whole study.
+
+    Attributes:
+      runs: machines and times, one or several whose rows were joined.
+      rows: what was tried, and what wasn't and why.
+      slices: what the models need, by their plans.
+    """
 
     runs: tuple[Run, ...]
     rows: tuple[Row, ...]
@@ -278,7 +295,7 @@ class Results:
         """
         try:
             data = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ResultsError(f"not JSON: {error}") from None
         if not isinstance(data, dict) or "schema" not in data:
             raise ResultsError("no results of a study of portability: they have a schema")
@@ -334,6 +351,8 @@ def _read(kind: Any, data: Any) -> Any:
     if origin is types.UnionType:
         return None if data is None else _read(next(p for p in parts if p is not type(None)), data)
     if origin is tuple:
+        if not isinstance(data, list):
+            raise TypeError(f"{data!r} is no list")
         return tuple(_read(parts[0], item) for item in data)
     if origin is not None:  # of mappings
         return {k: _read(parts[1], v) for k, v in data.items()}
