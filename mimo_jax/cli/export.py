@@ -33,8 +33,10 @@ def export(
     with readable_errors():
         import mimo_jax
         from mimo_jax.checkpoint.progress import progress_bar
-        from mimo_jax.portability.artifact import export_model
+        from mimo_jax.portability.artifact import check_target, export_model
 
+        names = [name.strip() for name in platforms.split(",") if name.strip()]
+        check_target(out, names)
         with progress_bar(f"loading {model}") as progress:
             lm = mimo_jax.load(
                 model, dtype=dtype, dequantize=dequantize, kernels="reference", progress=progress
@@ -42,8 +44,8 @@ def export(
         manifest = export_model(
             lm,
             out,
-            name=Path(model).name,
-            platforms=[name.strip() for name in platforms.split(",") if name.strip()],
+            name=Path(model).resolve().name,
+            platforms=names,
             batch=batch,
             max_len=max_len,
             prompt_len=prompt_len,

@@ -1,8 +1,17 @@
 """A model's step as a function of flat arguments, and its export for several platforms.
 
-The model's own code chooses between algorithms by the number of tokens, so that number is fixed in
-a program: an artifact has one for chunks of a prompt and one for single tokens.  The length of the
-cache is looked at by nothing, and may stay open until a program is compiled.
+What can be open until a program is compiled, and what can't (jax 0.11.2):
+
+- The length of the cache can: no code decides anything by it.
+- The number of tokens and of rows can't: code chooses between algorithms by them (whether tokens
+  look at slots or at keys in order, how TPUs store, how large tiles of experts are), which jax's
+  symbolic dimensions can't answer.  So there is a program for chunks of a prompt, of a fixed size,
+  and one for single tokens.
+- Kernels can't be in a program for several platforms that include the CPU: within
+  `jax.lax.platform_dependent` too, pallas_call is lowered for all of them, and refuses the CPU.
+  For TPUs alone they export; for GPUs Triton's need the check of custom calls to be disabled, since
+  jax doesn't promise to read them in another version.  Weights would be packed for one of these
+  besides.  The reference is plain XLA and goes everywhere.
 """
 
 from __future__ import annotations
