@@ -14,6 +14,7 @@ from mimo_jax.cli.batch import batch, merge
 from mimo_jax.cli.bench import bench
 from mimo_jax.cli.console import FAILED, INTERRUPTED, USAGE, printable
 from mimo_jax.cli.convert import convert
+from mimo_jax.cli.export import export
 from mimo_jax.cli.generate import generate
 from mimo_jax.cli.inspect import inspect
 from mimo_jax.cli.plan import plan
@@ -26,7 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (generate, batch, merge, bench, inspect, plan, convert):
+for command in (generate, batch, merge, bench, inspect, plan, convert, export):
     app.command()(command)
 
 
