@@ -128,8 +128,8 @@ _GPUS = (
 )
 
 # Usable memory of TPUs is what libtpu 0.0.48 lets a program allocate, asked by compiling one that
-# is too large.  The other figures are those of docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x};
-# it gives the interconnect (ICI) of a chip in both directions together.
+# is too large.  The other figures are those of docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,
+# tpu7x}; it gives the interconnect (ICI) of a chip in both directions together.
 _TPUS = (
     Device(
         "v4",

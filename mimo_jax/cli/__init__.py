@@ -18,6 +18,7 @@ from mimo_jax.cli.export import export
 from mimo_jax.cli.generate import generate
 from mimo_jax.cli.inspect import inspect
 from mimo_jax.cli.plan import plan
+from mimo_jax.cli.portability import portability
 
 __all__ = ["FAILED", "INTERRUPTED", "USAGE", "app", "main", "printable"]
 
@@ -27,7 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (generate, batch, merge, bench, inspect, plan, convert, export):
+for command in (generate, batch, merge, bench, inspect, plan, convert, export, portability):
     app.command()(command)
 
 

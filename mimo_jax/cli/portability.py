@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mimo_jax.cli.console import FAILED, fail, printable, readable_errors
+
+if TYPE_CHECKING:
+    from mimo_jax.portability.jobs import Job
+    from mimo_jax.portability.results import Row
 
 COMPILERS = Path(".compilers")  # where `make compile` puts them
 
@@ -63,12 +67,14 @@ def portability(
     with readable_errors():
         import jax
 
-        from mimo_jax.portability import comparison, report, study
+        from mimo_jax.portability import report, study
+        from mimo_jax.portability.compare import compare as compared
+        from mimo_jax.portability.compare_text import verdict
         from mimo_jax.portability.results import Results
 
         if compare is not None:
             a, b = (Results.read(path) for path in compare)
-            print(printable(comparison.compare(a, b, targets=_pairs(same)).text()))
+            print(printable(compared(a, b, _pairs(same)).markdown()))
             return
         jax.config.update("jax_platforms", "cpu")  # the accelerator is the workers'
         earlier = Results.read(baseline) if baseline is not None else None
@@ -88,29 +94,24 @@ def portability(
             workers=workers,
             timeout=timeout,
         )
-        results = study.run_study(options, " ".join(sys.argv[1:]), _say)
+        out.mkdir(parents=True, exist_ok=True)
+        results = study.run_study(options, " ".join(sys.argv[1:]), _say, lambda r: r.write(out))
         for other in taken:
             results = other.joined(results)
         report.write_report(results, out)
-        print(f"{out / 'report.html'}, report.md and results.json: {len(results.rows)} rows")
+        print(f"{len(results.rows)} rows: {out / 'report.html'}, report.md and results.json")
         if earlier is not None:
-            _check(comparison.compare(earlier, results))
+            found = compared(earlier, results)
+            print(printable(verdict(found)))
+            if found.regressions:
+                fail(f"worse than {baseline}:\n{found.markdown()}", FAILED)
 
 
-def _say(n: int, total: int, job: object, row: object) -> None:
+def _say(n: int, total: int, job: Job, row: Row) -> None:
     """A line of progress."""
-    stage, how = row.reached  # pyright: ignore[reportAttributeAccessIssue]
+    stage, how = row.reached
     reason = f": {how.reason.splitlines()[0][:100]}" if how.reason else ""
-    text = job.text  # pyright: ignore[reportAttributeAccessIssue]
-    print(printable(f"{n}/{total} {text}: {stage} {how.status}{reason}"), file=sys.stderr)
-
-
-def _check(found: object) -> None:
-    """Ends with 1 if something has become worse."""
-    worse = found.regressions  # pyright: ignore[reportAttributeAccessIssue]
-    if worse:
-        lines = "\n".join(map(str, worse))
-        fail(f"worse than the baseline:\n{lines}", FAILED)
+    print(printable(f"{n}/{total} {job.text}: {stage} {how.status}{reason}"), file=sys.stderr)
 
 
 def _names(text: str | None, default: tuple[str, ...]) -> tuple[str, ...]:

@@ -82,11 +82,18 @@ def abstract_packed(
         value = param.get_value()
         if placement is not None:
             value = jax.tree.map(_shape_on, value, placement.shardings(param.spec, value))
-        if isinstance(value, FP8Array | MXFP4Array) and kernels != (REFERENCE,):
-            if has_kernels(param.spec, kernels) and entries(value.codes) == entries(value.scales):
-                value = _abstract_pack(value, kernels, native_e2m1)
+        if _packs(param.spec, value, kernels):
+            value = _abstract_pack(value, kernels, native_e2m1)
         param.set_value(value)
     return model
+
+
+def _packs(spec: ParamSpec, value: Any, kernels: tuple[str, ...]) -> bool:
+    """Whether weights that are shapes are packed: whatever their codes and scales turn out to be."""
+    quantized = isinstance(value, FP8Array | MXFP4Array) and kernels != (REFERENCE,)
+    return (
+        quantized and has_kernels(spec, kernels) and entries(value.codes) == entries(value.scales)
+    )
 
 
 def _shape_on(array: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:

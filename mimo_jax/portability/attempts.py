@@ -29,7 +29,7 @@ _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.-]+) .*\{$")
 
 def attempt(
     place: Place, f: Callable, args: tuple, mesh: Mesh | None = None
-) -> tuple[dict[StageName, Stage], Program | None]:
+) -> tuple[dict[str, Stage], Program | None]:
     """Traces, lowers and compiles, as far as it goes.
 
     Args:
@@ -41,7 +41,7 @@ def attempt(
     Returns:
       The stages "trace", "lower" and "compile", and what was compiled.
     """
-    stages: dict[StageName, Stage] = {}
+    stages: dict[str, Stage] = {}
     hardware = place.hardware
     reason = None if hardware is None else hardware.why_not_compile()
     if hardware is not None and mesh is None and reason is None:
@@ -134,8 +134,8 @@ def _launched(text: str) -> Iterator[str]:
             yield line
 
 
-def not_tried(reason: str, status: Status = "not run") -> dict[StageName, Stage]:
+def not_tried(reason: str, status: Status = "not run") -> dict[str, Stage]:
     """The stages of what ends before it begins."""
-    stages: dict[StageName, Stage] = {name: Stage("not run", reason) for name in STAGES}
+    stages: dict[str, Stage] = {name: Stage("not run", reason) for name in STAGES}
     stages["trace"] = Stage(status, reason)
     return stages

@@ -83,8 +83,9 @@ def plan_jobs(
         place = find_place(name, present)
         if place.kind not in kinds:
             kinds.add(place.kind)
+            one = name if place.hardware is None else place.kind
             jobs += [
-                Job(operation.subject, operation.case, name, backend, present=present)
+                Job(operation.subject, operation.case, one, backend, present=present)
                 for operation in operations()
                 if operation.small == (place.kind == CPU) and operation.subject in subjects
                 for backend in (REFERENCE, *NAMES)

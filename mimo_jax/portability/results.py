@@ -160,7 +160,7 @@ class Row:
     devices: int
     mesh: str
     backend: str
-    stages: Mapping[StageName, Stage]
+    stages: Mapping[str, Stage]
     program: Program | None = None
     agreement: Agreement | None = None
     speed: Speed | None = None

@@ -4,9 +4,9 @@ import dataclasses
 from typing import Any
 
 import pytest
+import study_samples as samples
 from hypothesis import given
 from hypothesis import strategies as st
-from portability import samples
 
 from mimo_jax.portability.compare import Comparison, compare
 from mimo_jax.portability.results import STAGES, Exchange, Results, Row, Status

@@ -7,9 +7,9 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import study_samples as samples
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from portability import samples
 
 from mimo_jax.portability import report, wording
 from mimo_jax.portability.html import html

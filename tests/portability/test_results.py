@@ -5,9 +5,9 @@ import json
 from typing import Any
 
 import pytest
+import study_samples as samples
 from hypothesis import given
 from hypothesis import strategies as st
-from portability import samples
 
 from mimo_jax.portability import schema
 from mimo_jax.portability.results import STAGES, Results, ResultsError, Row, Stage
