@@ -89,7 +89,7 @@ def abstract_packed(
 
 
 def _packs(spec: ParamSpec, value: Any, kernels: tuple[str, ...]) -> bool:
-    """Whether weights that are shapes are packed: whatever their codes and scales turn out to be."""
+    """Whether weights are packed, if neither their codes nor their scales forbid it."""
     quantized = isinstance(value, FP8Array | MXFP4Array) and kernels != (REFERENCE,)
     return (
         quantized and has_kernels(spec, kernels) and entries(value.codes) == entries(value.scales)
