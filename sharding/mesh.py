@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh
 
 AXES: tuple[str, ...] = ("data", "expert", "tensor")
@@ -72,9 +73,9 @@ def make_mesh(mesh: str | Mesh, devices: Sequence[Any] | None = None) -> Mesh:
             f"mesh {describe(sizes)} uses {needed} of {len(devices)} devices and leaves processes "
             f"{sorted(idle)} without any; use all devices, or start fewer processes"
         )
-    return jax.make_mesh(
-        tuple(sizes.values()), AXES, axis_types=(AxisType.Explicit,) * len(AXES), devices=chosen
-    )
+    # An axis may be a part of a TPU's physical one, or parts of several: eight of 4x4x4 chips.
+    grid = create_device_mesh(tuple(sizes.values()), chosen, allow_split_physical_axes=True)
+    return Mesh(grid, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
 
 
 def describe(sizes: Any) -> str:

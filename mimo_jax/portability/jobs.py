@@ -199,6 +199,10 @@ def _step(job: Job) -> Row:
     if place.hardware is not None:
         stages.update(dict.fromkeys(("agree", "time"), Stage("not run", NOT_HERE)))
         return row(stages, program=program)
+    reason = measured_steps.too_large(cut, size, place)
+    if reason is not None:
+        stages.update(dict.fromkeys(("agree", "time"), Stage("not run", reason)))
+        return row(stages, program=program)
     stages["agree"], agreement = measured_steps.agree(job.model, size, job.backend)
     stages["time"], speed = measured_steps.time_step(job.model, layers, size, place, job.backend)
     return row(stages, program=program, agreement=agreement, speed=speed)

@@ -16,11 +16,13 @@ from mimo_jax.config import MiMoConfig
 from mimo_jax.language_model import LanguageModel
 from mimo_jax.model.cache import init_cache
 from mimo_jax.planning import make_plan
+from mimo_jax.planning.plan import Plan
 from mimo_jax.portability.attempts import describe
 from mimo_jax.portability.places import Place
 from mimo_jax.portability.results import Agreement, Speed, Stage
 from mimo_jax.portability.steps import StepSize, greedy_step
 from mimo_jax.portability.timing import error, timed
+from sharding.devices import Device, find_device
 
 # Of the relative error of bfloat16 logits of a whole model: mimo-tiny has 0.013 to 0.028 on a CPU.
 # A kernel that does something else gives about 1.
@@ -32,28 +34,40 @@ CALLS = 16  # steps in a program
 
 
 def fitting_layers(config: MiMoConfig, size: StepSize, place: Place) -> int:
-    """How many of a model's first layers fit on the device that is present, by its plan."""
+    """How many of a model's first layers fit on the accelerator that is present, by its plan."""
     device = place.device
     if device is None:
         return config.num_hidden_layers
     usable = PART * device.usable.value
 
     def fits(layers: int) -> bool:
-        plan = make_plan(
-            config,
-            device=device,
-            layers=layers,
-            batch=size.batch,
-            context=size.context,
-            prompt=size.tokens,
-            verify=size.tokens,
-        )
-        return plan.memory.needed <= usable
+        return _plan(config.truncated(layers), size, device).memory.needed <= usable
 
     layers = config.num_hidden_layers
     while layers > 1 and not fits(layers):
         layers -= 1
     return layers
+
+
+def too_large(config: MiMoConfig, size: StepSize, place: Place) -> str | None:
+    """Why a model can't be run on what is present, by its plan; None if it can."""
+    device = place.device or find_device("cpu")
+    needed, there = _plan(config, size, device).memory.needed, int(device.usable.value)
+    if needed <= there:
+        return None
+    return f"it needs {needed / 2**30:.1f} GiB, and there are {there / 2**30:.1f}"
+
+
+def _plan(config: MiMoConfig, size: StepSize, device: Device) -> Plan:
+    """The plan of a step on one device."""
+    return make_plan(
+        config,
+        device=device,
+        batch=size.batch,
+        context=size.context,
+        prompt=size.tokens,
+        verify=size.tokens,
+    )
 
 
 def load_model(name: str, layers: int | None, **options: Any) -> LanguageModel:
@@ -117,13 +131,7 @@ def time_step(
     try:
         lm = load_model(name, layers, kernels=kernels)
         seconds = timed(*_program(lm, size), CALLS)
-        plan = make_plan(
-            lm.config,
-            device=place.device or "cpu",
-            batch=size.batch,
-            context=size.context,
-            verify=size.tokens,
-        )
+        plan = _plan(lm.config, size, place.device or find_device("cpu"))
     except Exception as problem:
         return Stage("failed", describe(problem), time.perf_counter() - started), None
     step = plan.verify

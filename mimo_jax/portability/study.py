@@ -27,10 +27,10 @@ from mimo_jax.portability.workers import environment, run_jobs
 STEPS = tuple(STEP_SIZES)
 SUBJECTS = ("moe", "quantized_matmul", "attention", "decode_attention")
 TARGETS = (
-    *("cpu", "hopper", "hopper:8", "ampere", "blackwell", "v4"),
-    *("v5e:4x8", "v5p:4x4x4", "v6e:8x8", "tpu7x:2x2x4"),
+    *("cpu", "hopper", "hopper:8", "ampere:8", "blackwell:8", "v4:2x4x4"),
+    *("v5e:4x8", "v5e:8x8", "v5p:4x4x4", "v6e:8x8", "tpu7x:2x2x4"),
 )
-MODELS = ("MiMo-V2.6-Flash-RL", "MiMo-V2.5-Pro-FP4-DFlash")
+MODELS = ("mimo-tiny", "MiMo-V2.6-Flash-RL", "MiMo-V2.5-Pro-FP4-DFlash")
 _COMPILERS = ("libtpu", "jax-cuda13-plugin", "jax-cuda13-pjrt", "nvidia-cuda-nvcc", "nvidia-nvvm")
 # What accelerators jax finds, asked in a process that ends again and so lets go of them.
 _ASK = """
