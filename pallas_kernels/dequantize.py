@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, UInt8
 
 from pallas_kernels.formats import (
@@ -39,6 +39,11 @@ def _dequantize_fp8(codes: Array, scales: Float[Array, "*s rb cb"]) -> Array:
     rows, cols = codes.shape[-2:]
     placed = _sharding(scales)
     per_row = jnp.repeat(scales, FP8_BLOCK, axis=-2, out_sharding=placed)[..., :rows, :]
+    if placed is not None:
+        # Devices whose parts share blocks have all scales: they are not expanded for all rows.
+        where = (*_entries(codes)[:-1], _entries(scales)[-1])
+        placed = NamedSharding(placed.mesh, PartitionSpec(*where))
+        per_row = jax.reshard(per_row, placed)
     per_element = jnp.repeat(per_row, FP8_BLOCK, axis=-1, out_sharding=placed)[..., :cols]
     return codes.astype(jnp.float32) * per_element
 
@@ -69,6 +74,12 @@ def _decode_e8m0(scale: UInt8[Array, "*s"]) -> Float[Array, "*s"]:
     """float32 of E8M0 bytes 1..255: 2 ** (s - 127), NaN for 255."""
     value = jax.lax.bitcast_convert_type(scale.astype(jnp.uint32) << 23, jnp.float32)
     return jnp.where(scale == MXFP4_NAN_SCALE, jnp.nan, value)
+
+
+def _entries(x: Array) -> tuple[Any, ...]:
+    """The mesh axes of each dimension of an array on a mesh."""
+    spec = tuple(jax.typeof(x).sharding.spec)
+    return spec + (None,) * (x.ndim - len(spec))
 
 
 def _sharding(x: Array) -> NamedSharding | None:
