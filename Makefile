@@ -1,13 +1,16 @@
 # make demo | test | speculation | meshes | kernels | endurance | compile | lint | format.  All is in
 # .venv, installed again only when pyproject.toml or constraints.txt change.  The compilers that
 # `make compile` needs are in a folder of their own: wherever jax can import them, it takes them for
-# devices to run on.
+# devices to run on.  With JAX=newest all is done with constraints-newest.txt and
+# compilers-newest.txt, in folders of the same ending.
 PYTHON ?= python3
-VENV := .venv
+SET := $(JAX:%=-%)
+VENV := .venv$(SET)
 BIN := $(VENV)/bin
-PIP_INSTALL := $(BIN)/python -m pip -qq --disable-pip-version-check install -c constraints.txt
-INPUTS := pyproject.toml constraints.txt
-COMPILERS := .compilers
+CONSTRAINTS := constraints$(SET).txt
+PIP_INSTALL := $(BIN)/python -m pip -qq --disable-pip-version-check install -c $(CONSTRAINTS)
+INPUTS := pyproject.toml $(CONSTRAINTS)
+COMPILERS := .compilers$(SET)
 APART := tests/speculation tests/meshes tests/pallas_kernels tests/endurance
 DEMO := outputs/demo.jsonl
 # By file: those of one share what they compile.
@@ -72,9 +75,9 @@ $(VENV)/.installed-dev: $(INPUTS) | $(VENV)/bin/python
 	@$(PIP_INSTALL) -e '.[dev]'
 	@touch $@ $(VENV)/.installed $(VENV)/.installed-test
 
-$(COMPILERS)/.installed: compilers.txt | $(VENV)/bin/python
+$(COMPILERS)/.installed: compilers$(SET).txt | $(VENV)/bin/python
 	@echo "installing compilers for GPUs and TPUs in $(COMPILERS)"
 	@rm -rf $(COMPILERS)
 	@$(BIN)/python -m pip -qq --disable-pip-version-check install --no-deps --target $(COMPILERS) \
-	  -r compilers.txt
+	  -r $<
 	@touch $@

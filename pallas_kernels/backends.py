@@ -17,6 +17,9 @@ import jax
 NAMES = ("mosaic_gpu", "triton", "mosaic_tpu")
 REFERENCE = "reference"
 
+# What differs between the versions of jax that are supported is asked of this: 0.11 or 0.12.
+JAX_VERSION = jax.__version_info__[:2]
+
 _interpreted = contextvars.ContextVar("interpreted", default=False)
 
 
