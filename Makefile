@@ -1,4 +1,4 @@
-# make demo | test | speculation | meshes | kernels | endurance | compile | lint | format.  All is in
+# make demo | test | speculation | meshes | kernels | endurance | compile | portability | lint | format.  All is in
 # .venv, installed again only when pyproject.toml or constraints.txt change.  The compilers that
 # `make compile` needs are in a folder of their own: wherever jax can import them, it takes them for
 # devices to run on.  With JAX=newest all is done with constraints-newest.txt and
@@ -16,7 +16,7 @@ DEMO := outputs/demo.jsonl
 # By file: those of one share what they compile.
 PYTEST_ARGS ?= -n 2 --dist loadfile
 
-.PHONY: demo test speculation meshes kernels endurance compile lint format
+.PHONY: demo test speculation meshes kernels endurance compile portability lint format
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -44,6 +44,12 @@ endurance: $(VENV)/.installed-test
 
 compile: $(VENV)/.installed-test $(COMPILERS)/.installed
 	JAX_PLATFORMS=cpu PYTHONPATH=$(COMPILERS) $(BIN)/python -m pytest $(PYTEST_ARGS) tests/compiling
+
+# A part of the study, which fails if something no longer compiles that once did.
+portability: $(VENV)/.installed $(COMPILERS)/.installed
+	$(BIN)/mimo-jax portability --out outputs/portability --targets hopper,hopper:8,v5e:4x8 \
+	  --models MiMo-V2.6-Flash-RL,MiMo-V2.5-Pro-FP4-DFlash --layers 4 --no-slices --workers 2 \
+	  --compilers $(COMPILERS) --baseline benchmarks/portability/part.json
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
