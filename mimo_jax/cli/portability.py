@@ -34,7 +34,9 @@ def portability(
     ] = None,
     steps: Annotated[str, typer.Option(help="decode, verify and prefill.")] = "decode",
     kernels: Annotated[str, typer.Option(help="Of the steps: auto, reference, ...")] = "auto",
-    layers: Annotated[int, typer.Option(help="Only so many first layers of models.")] = 0,
+    layers: Annotated[
+        int, typer.Option(min=0, help="Only so many first layers of models; 0 for all.")
+    ] = 0,
     slices: Annotated[
         bool, typer.Option(help="Look for the smallest slice of each kind that holds a model.")
     ] = True,

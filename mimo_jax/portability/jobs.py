@@ -14,7 +14,7 @@ from mimo_jax.portability.attempts import attempt, describe, not_tried
 from mimo_jax.portability.operations import Operation, operations
 from mimo_jax.portability.places import CPU, Place, find_place
 from mimo_jax.portability.results import Row, Stage
-from mimo_jax.portability.steps import STEPS, abstract_step
+from mimo_jax.portability.steps import STEPS, StepSize, abstract_step
 from pallas_kernels.backends import NAMES, REFERENCE
 
 AUTO = "auto"
@@ -100,12 +100,15 @@ def plan_jobs(
 
 
 def run_job(job: Job) -> Row:
-    """Does a job; what fails is in the row."""
-    return _step(job) if job.model else _operation(job)
+    """Does a job; what fails is in the row, the project's own errors too."""
+    try:
+        return _step(job) if job.model else _operation(job)
+    except Exception as error:
+        return unfinished(job, describe(error))
 
 
 def unfinished(job: Job, reason: str) -> Row:
-    """The row of a job whose process ended before it was done."""
+    """The row of a job that ended before it was done, for a reason of no stage."""
     place = job.place
     backend = job.backend
     if job.model:
@@ -119,9 +122,19 @@ def unfinished(job: Job, reason: str) -> Row:
 
 def step_case(job: Job) -> str:
     """The name of a step's case."""
+    config, size, layers = _sized(job)
+    return measured_steps.named(size, job.model, layers, config.num_hidden_layers)
+
+
+def _sized(job: Job) -> tuple[MiMoConfig, StepSize, int | None]:
+    """Of a step the whole model, the sizes, and how many layers are taken, None for all."""
+    place = job.place
     config = MiMoConfig.from_pretrained(_preset(job.model))
     size = measured_steps.smaller(STEPS[job.subject], config)
-    return measured_steps.named(size, job.model, job.layers or None, config.num_hidden_layers)
+    layers = job.layers or None
+    if place.hardware is None and layers is None:
+        layers = measured_steps.fitting_layers(config, size, place)
+    return config, size, layers
 
 
 def _suffix(place: Place, backend: str) -> str:
@@ -176,12 +189,8 @@ def _refused(operation: Operation, place: Place, backend: str) -> str | None:
 
 def _step(job: Job) -> Row:
     place = job.place
-    config = MiMoConfig.from_pretrained(_preset(job.model))
-    size = measured_steps.smaller(STEPS[job.subject], config)
-    layers = job.layers or None
-    if place.hardware is None and layers is None:
-        layers = measured_steps.fitting_layers(config, size, place)
-    case = measured_steps.named(size, job.model, layers, config.num_hidden_layers)
+    config, size, layers = _sized(job)
+    case = step_case(job)
 
     def row(stages: Any, **more: Any) -> Row:
         where = place.name, place.devices, place.mesh
