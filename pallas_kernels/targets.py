@@ -80,9 +80,8 @@ class Hardware:
         if found:
             return None
         return (
-            f"no compiler for {self.name}: {module} isn't importable; \"make compile\" in the "
-            f"repository installs it in .compilers, as does pip install --no-deps --target "
-            f".compilers {packages}"
+            f"no compiler for {self.name}: {module} isn't importable; run `make compile` in the "
+            f"repository, or pip install --no-deps --target .compilers {packages}"
         )
 
     def devices(self) -> list[Any]:

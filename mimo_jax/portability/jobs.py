@@ -112,7 +112,10 @@ def unfinished(job: Job, reason: str) -> Row:
     place = job.place
     backend = job.backend
     if job.model:
-        case = step_case(job)
+        try:
+            case = step_case(job)
+        except (ValueError, OSError):  # the model's files have gone meanwhile
+            case = job.model
     else:
         case = job.case
         backend += _suffix(place, backend)
@@ -134,7 +137,7 @@ def _sized(job: Job) -> tuple[MiMoConfig, StepSize, int | None]:
     layers = job.layers or None
     if place.hardware is None and layers is None:
         layers = measured_steps.fitting_layers(config, size, place)
-    return config, size, layers
+    return config, size, None if layers == config.num_hidden_layers else layers
 
 
 def _suffix(place: Place, backend: str) -> str:
@@ -144,6 +147,8 @@ def _suffix(place: Place, backend: str) -> str:
 def _operation(job: Job) -> Row:
     place = job.place
     found = [o for o in operations() if (o.subject, o.case) == (job.subject, job.case)]
+    if not found:
+        raise ValueError(f"there is no {job.subject} of case {job.case!r}")
     operation = found[0]
     interpreted = bool(_suffix(place, job.backend))
 

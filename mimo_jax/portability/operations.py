@@ -181,7 +181,7 @@ def _matmul(case: matmul_cases.Case, rows: int, *, small: bool = False) -> Opera
         call=lambda *args, kernels: quantized_matmul.quantized_matmul(*args),
         implementations=quantized_matmul.IMPLEMENTATIONS,
         looked_at=lambda x, w: (x, w),
-        bytes=size * (1 if case.format == "fp8" else 0.5 + 1 / 32),
+        bytes=size * (1.0 if case.format == "fp8" else 0.5 + 1 / 32),
         flops=2.0 * size * rows,
         axis=0,
         last=lambda args: (args[0][-TAIL:], args[1]),

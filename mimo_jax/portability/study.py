@@ -82,8 +82,7 @@ def run_study(
 
     Raises:
       PlaceError: there is no such target, or "here" is one and there is no accelerator.
-      FileNotFoundError: there is no such model.
-      ConfigError: a model has not so many layers.
+      ConfigError: there is no such model, or it has not so many layers.
     """
     started = time.monotonic()
     targets = tuple(dict.fromkeys(name.strip().lower() for name in options.targets))

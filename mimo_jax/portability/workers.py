@@ -162,7 +162,7 @@ class _Worker:
             stderr=self.said,
             env=dict(self.env),
             bufsize=0,
-            # A group of its own: what it starts ends with it, and Ctrl-C is for this process to see.
+            # In a group of its own: what it starts ends with it, and Ctrl-C isn't for it.
             start_new_session=True,
         )
         return self.process
