@@ -72,7 +72,9 @@ def portability(
         from mimo_jax.portability import report, study
         from mimo_jax.portability.compare import compare as compared
         from mimo_jax.portability.compare_text import verdict
+        from mimo_jax.portability.jobs import AUTO
         from mimo_jax.portability.results import Results
+        from pallas_kernels.backends import NAMES, REFERENCE
 
         if compare is not None:
             a, b = (Results.read(path) for path in compare)
@@ -89,7 +91,7 @@ def portability(
             operations=_among(_names(operations, study.SUBJECTS), study.SUBJECTS, "operation"),
             models=_names(models, study.MODELS),
             steps=_among(_names(steps, ()), study.STEPS, "step"),
-            kernels=_names(kernels, ()),
+            kernels=_among(_names(kernels, ()), (AUTO, REFERENCE, *NAMES), "backend"),
             layers=layers,
             slices=slices,
             compilers=apart and apart.resolve(),

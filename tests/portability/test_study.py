@@ -1,0 +1,448 @@
+"""A study as a whole: what it tries, in real processes, and the command that runs it."""
+
+import dataclasses
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+import study_samples as samples
+from typer.testing import CliRunner
+
+from mimo_jax import cli
+from mimo_jax.config import ConfigError, MiMoConfig
+from mimo_jax.model.backbone import MiMo
+from mimo_jax.model.cache import CACHE_AXES, init_cache
+from mimo_jax.model.parameters import abstract, parameters
+from mimo_jax.model.placement import Placement
+from mimo_jax.portability import places, study
+from mimo_jax.portability.jobs import AUTO, plan_jobs
+from mimo_jax.portability.operations import operations
+from mimo_jax.portability.places import PlaceError
+from mimo_jax.portability.results import STAGES, Results
+from mimo_jax.portability.slices import BATCHES, CONTEXTS, TOPOLOGIES, slices
+from mimo_jax.portability.study import Options, run_study
+from pallas_kernels import targets
+from sharding.devices import find_device
+from sharding.mesh import parse_mesh
+from sharding.plan import abstract_mesh
+
+TINY = "tiny-transformers-test"
+RELEASES = ("MiMo-V2.6-Flash-RL", "MiMo-V2.5-Pro-FP4-DFlash")
+needs_none = pytest.mark.skipif(
+    targets.HOPPER.why_not_compile() is None or targets.V5E.why_not_compile() is None,
+    reason="compilers are importable here",
+)
+
+
+def studied(tmp_path: Path, **options) -> Results:
+    """A study in processes of its own; also what it keeps and says on the way."""
+    said, kept = [], []
+
+    def keep(results: Results) -> None:
+        results.write(tmp_path)
+        kept.append(len(Results.read(tmp_path).rows))
+
+    def done(n: int, of: int, *_: object) -> None:
+        said.append((n, of))
+
+    results = run_study(Options(slices=False, **options), "the command", done, keep)
+    count = len(results.rows)
+    assert kept == list(range(1, count + 1))
+    assert said == [(n, count) for n in kept]
+    assert Results.read(tmp_path).rows == results.rows
+    assert all(tuple(sorted(row.stages)) == tuple(sorted(STAGES)) for row in results)
+    return results
+
+
+def statuses(row) -> str:
+    """Of all stages, by their first letters."""
+    return " ".join({"not run": "-"}.get(s, s) for s in (row.stages[n].status for n in STAGES))
+
+
+def test_what_a_cpu_can_do(tmp_path):
+    """Of an operation and a step: all of it."""
+    results = studied(
+        tmp_path, targets=("cpu",), operations=("quantized_matmul",), models=(TINY,), layers=1
+    )
+    (run,) = results.runs
+    assert (run.command, run.devices) == ("the command", {})
+    assert run.versions["jax"] == jax.__version__
+    assert run.seconds > 0
+    found = {(row.case, row.backend): row for row in results}
+    assert len(found) == len(results.rows)
+    for case in ("half-block 5", "stack-mxfp4 5"):
+        row = found[case, "reference"]
+        assert statuses(row) == "ok ok ok ok ok"
+        assert row.speed is not None
+        assert row.speed.seconds > 0
+        assert row.speed.roofline_seconds is None
+        for backend in ("triton interpreted", "mosaic_tpu interpreted"):
+            row = found[case, backend]
+            assert statuses(row) == "ok ok ok ok -"
+            assert row.agreement is not None
+            assert 0 < row.agreement.error < row.agreement.limit
+        row = found[case, "mosaic_gpu interpreted"]
+        assert statuses(row) == "refused - - - -"
+        assert "no mosaic_gpu form" in row.stages["trace"].reason
+    step = found[f"{TINY}, 1 of 2 layers: 1 x 1 tokens, context 64", AUTO]
+    assert (step.subject, step.target, statuses(step)) == ("decode", "cpu", "ok ok ok ok ok")
+    assert step.program is not None
+    assert step.program.argument_bytes > 0
+    assert step.program.usable_bytes is None
+    assert step.agreement is not None
+    assert step.agreement.error < step.agreement.limit
+
+
+@needs_none
+def test_without_compilers_all_but_compiling_is_done(tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "plan_jobs", lambda *a, **k: _but_for_large(plan_jobs(*a, **k)))
+    results = studied(
+        tmp_path,
+        targets=("hopper", "hopper:8", "v5e"),
+        operations=("decode_attention",),
+        models=(TINY,),
+        layers=1,
+    )
+    found = {(row.subject, row.target, row.backend): row for row in results}
+    for key in (
+        *(("decode_attention", "hopper", backend) for backend in ("reference", "triton")),
+        *(("decode_attention", "v5e", backend) for backend in ("reference", "mosaic_tpu")),
+        *(("decode", target, AUTO) for target in ("hopper", "v5e")),
+    ):
+        row = found[key]
+        assert statuses(row) == "ok ok - - -", (key, row)
+        reason = row.stages["compile"].reason
+        assert "`make compile`" in reason
+        package = "jax-cuda13-plugin" if "hopper" in key else "libtpu"
+        assert f"pip install --no-deps --target .compilers {package}" in reason
+        assert row.program is None
+    # Their topology is the compiler's to describe.
+    eight = found["decode", "hopper:8", AUTO]
+    assert (eight.devices, eight.mesh, statuses(eight)) == (8, "tensor=8", "- - - - -")
+    assert "make compile" in eight.stages["trace"].reason
+    for key in (
+        ("decode_attention", "hopper", "mosaic_tpu"),
+        ("decode_attention", "v5e", "triton"),
+    ):
+        assert statuses(found[key]) == "refused - - - -"
+    assert ("decode_attention", "hopper:8", "reference") not in found
+
+
+def _but_for_large(jobs):
+    return [job for job in jobs if job.model or job.case == "4k x1"]
+
+
+# What is tried.
+
+
+def test_jobs_are_operations_once_a_kind_and_steps_everywhere():
+    jobs = plan_jobs(
+        *(["cpu", "hopper", "hopper:8", "here"], ["moe"], ["A", "B"], ["decode", "prefill"]),
+        ["auto", "reference"],
+        layers=2,
+        present="h200",
+    )
+    assert len(set(jobs)) == len(jobs)
+    tried = {(job.target, job.case) for job in jobs if not job.model}
+    small = {o.case for o in operations() if o.subject == "moe" and o.small}
+    large = {o.case for o in operations() if o.subject == "moe" and not o.small}
+    assert tried == {
+        *(("cpu", case) for case in small),
+        *((target, case) for target in ("hopper", "here") for case in large),
+    }
+    steps = [(j.target, j.model, j.subject, j.backend) for j in jobs if j.model]
+    assert len(steps) == len(set(steps)) == 4 * 2 * 2 * 2
+    assert all(job.layers == (2 if job.model else 0) for job in jobs)
+    assert {job.place.name for job in jobs} == {"cpu", "hopper", "hopper:8", "h200"}
+    assert "moe small 5 on cpu, triton" in [job.text for job in jobs]
+    assert "decode A on h200, auto" in [job.text for job in jobs]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "said"),
+    [
+        ({"targets": ("cpu", "hoper")}, PlaceError, "there is no target 'hoper'"),
+        ({"targets": ("hopper:9",)}, PlaceError, "whole machines"),
+        ({"models": ("MiMo-V9",)}, ConfigError, "known names: MiMo-V2-Flash"),
+        ({"models": (TINY,), "layers": 3}, ConfigError, "the model has 2"),
+    ],
+)
+def test_nothing_is_run_for_what_there_is_not(options, error, said, monkeypatch):
+    monkeypatch.setattr(study, "run_jobs", lambda *_, **__: pytest.fail("it ran"))
+    with pytest.raises(error, match=said):
+        run_study(Options(**options), "", lambda *_: None, lambda _: None)
+
+
+@pytest.mark.parametrize("name", ["here", " HERE "])
+def test_here_without_an_accelerator(name, monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    with pytest.raises(PlaceError, match="finds no accelerator on this machine"):
+        run_study(Options(targets=(name,)), "", lambda *_: None, lambda _: None)
+    monkeypatch.setenv("JAX_PLATFORMS", "no-such-platform")
+    with pytest.raises(PlaceError, match="jax can't say .*no-such-platform"):
+        run_study(Options(targets=(name,)), "", lambda *_: None, lambda _: None)
+
+
+def test_here_with_one(monkeypatch):
+    """Its jobs have processes of their own, one at a time, that may take it."""
+    asked = subprocess.CompletedProcess([], 0, 'noise\n[{"NVIDIA H200": 2}, "h200"]\n', "")
+    monkeypatch.setattr(study.subprocess, "run", lambda *_, **__: asked)
+    runs = []
+
+    def run_jobs(jobs, env, *, workers, timeout, done):
+        runs.append(({job.target for job in jobs}, env.get("JAX_PLATFORMS"), workers, timeout))
+
+    monkeypatch.setattr(study, "run_jobs", run_jobs)
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    options = Options(targets=("Here", "cpu", "CPU"), models=(), slices=False, workers=3)
+    results = run_study(options, "", lambda *_: None, lambda _: None)
+    assert runs == [({"cpu"}, "cpu", 3, 600.0), ({"here"}, None, 1, 600.0)]
+    assert results.runs[0].devices == {"NVIDIA H200": 2}
+
+
+# Slices.
+
+
+@pytest.fixture(scope="module", params=RELEASES)
+def release(request):
+    config = MiMoConfig.from_pretrained(request.param)
+    return config, slices(request.param, config)
+
+
+def nbytes(array, sharding) -> int:
+    """Of a device's part of an array."""
+    return math.prod(sharding.shard_shape(array.shape)) * array.dtype.itemsize
+
+
+def on_each_device(config: MiMoConfig, mesh: str) -> tuple[int, int]:
+    """Bytes of weights, and of the cache at a context of 4096, by the shapes of their parts."""
+    model = abstract(lambda make: MiMo(config, make), config.dtype, quantized=True)
+    held = parameters(model)
+    where = Placement.fit(
+        abstract_mesh(parse_mesh(mesh)), "latency", [(p.spec, p.spec.format) for _, p in held]
+    )
+    weights = 0
+    for _, p in held:
+        value = p.get_value()
+        parts = jax.tree.map(nbytes, value, where.shardings(p.spec, value))
+        weights += sum(jax.tree.leaves(parts))
+    cache = jax.tree.leaves(jax.eval_shape(lambda: init_cache(config, 1, 4096)))
+    return weights, sum(nbytes(a, where.sharding("", CACHE_AXES, a.shape)) for a in cache)
+
+
+def test_a_slice_holds_the_model_and_half_of_it_does_not(release):
+    config, found = release
+    assert [s.device for s in found] == list(TOPOLOGIES)
+    whole, _ = on_each_device(config, "")
+    parts = {mesh: on_each_device(config, mesh) for mesh in {s.mesh for s in found}}
+    for s in found:
+        assert s.reason == ""
+        assert s.usable_bytes == find_device(s.device).usable.value
+        weights, cache = parts[s.mesh]
+        assert s.weight_bytes == weights
+        assert weights + cache <= s.rooms[0].bytes <= s.usable_bytes
+        if s.topology != TOPOLOGIES[s.device][0]:
+            assert whole > s.devices / 2 * s.usable_bytes
+    assert sum(s.topology != TOPOLOGIES[s.device][0] for s in found) > 4
+
+
+def test_rooms_are_what_a_slice_has_left(release):
+    _, found = release
+    for s in found:
+        sizes = {(room.batch, room.context): room.bytes for room in s.rooms}
+        assert [*sizes] == [(b, c) for b in BATCHES for c in CONTEXTS]
+        assert s.rooms[0].fits
+        assert all(room.fits == (room.bytes <= s.usable_bytes) for room in s.rooms)
+        assert all(n > s.weight_bytes for n in sizes.values())
+        for b, c in sizes:
+            assert b == 64 or sizes[b, c] < sizes[{1: 16, 16: 64}[b], c]
+    assert any(not room.fits for s in found for room in s.rooms)
+
+
+def test_a_model_that_no_slice_holds(monkeypatch):
+    config = MiMoConfig.from_pretrained(RELEASES[1])
+    monkeypatch.setitem(TOPOLOGIES, "v5e", ("2x2", "2x4"))
+    (none,) = slices("Pro", config, ["v5e"])
+    assert none.reason == "none up to 2x4 holds it at batch 1 and context 4096"
+    assert (none.devices, none.topology, none.rooms) == (0, "", ())
+
+
+# The command.
+
+
+def run(*args: str):
+    return CliRunner().invoke(cli.app, ["portability", *args], prog_name="mimo-jax")
+
+
+NOTHING = ("--operations", "none", "--models", "none", "--targets", "cpu")
+
+
+def written(folder: Path, *rows) -> str:
+    Results((samples.RUN,), rows).write(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def finds(monkeypatch):
+    """Has the study find given rows."""
+
+    def use(*rows) -> None:
+        found = Results((dataclasses.replace(samples.RUN, at="2026-09-01T00:00:00Z"),), rows)
+        monkeypatch.setattr(study, "run_study", lambda *_: found)
+
+    return use
+
+
+def test_the_command_writes_a_report(tmp_path):
+    result = run("--out", str(tmp_path / "new" / "out"), *NOTHING)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith("0 rows: ")
+    names = {path.name for path in (tmp_path / "new" / "out").iterdir()}
+    assert {"results.json", "report.md", "report.html"} <= names
+    assert {s.model for s in Results.read(tmp_path / "new" / "out").slices} == set()
+
+
+def test_the_script_is_the_command(tmp_path):
+    root = Path(__file__).parents[2]
+    command = [sys.executable, root / "scripts" / "portability.py", "--out", tmp_path, *NOTHING]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=root)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert json.loads((tmp_path / "results.json").read_text())["rows"] == []
+
+
+def test_options_reach_the_study(monkeypatch, tmp_path):
+    asked = []
+
+    def run_study(options, command, done, keep):
+        asked.append(options)
+        return Results((samples.RUN,), ())
+
+    monkeypatch.setattr(study, "run_study", run_study)
+    compilers = tmp_path / "compilers"
+    compilers.mkdir()
+    result = run(
+        *("--out", str(tmp_path), "--targets", "cpu, hopper:8", "--operations", "moe"),
+        *("--models", TINY, "--steps", "decode,prefill", "--kernels", "auto,reference"),
+        *("--layers", "2", "--no-slices", "--workers", "3", "--timeout", "7"),
+        *("--compilers", str(compilers)),
+    )
+    assert result.exit_code == 0, result.output
+    (options,) = asked
+    assert options == Options(
+        ("cpu", "hopper:8"),
+        ("moe",),
+        (TINY,),
+        ("decode", "prefill"),
+        ("auto", "reference"),
+        2,
+        False,
+        compilers,
+        3,
+        7.0,
+    )
+    monkeypatch.chdir(tmp_path)
+    run("--out", str(tmp_path))
+    assert asked[1] == Options()
+    (tmp_path / ".compilers").mkdir()
+    run("--out", str(tmp_path))
+    assert asked[2].compilers == tmp_path / ".compilers"
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "said"),
+    [
+        (["--targets", "hoper"], 2, "there is no target 'hoper'; there are cpu, here, hopper"),
+        (["--targets", "v5e:4"], 2, "write chips of a slice as v5e:4x4"),
+        (["--operations", "moe,mole"], 2, "no operation 'mole'; there are moe, quantized_matmul"),
+        (["--steps", "encode"], 2, "there is no step 'encode'; there are decode, verify, prefill"),
+        (["--kernels", "cuda"], 2, "there is no backend 'cuda'; there are auto, reference"),
+        (["--models", "MiMo-V9"], 1, "known names: MiMo-V2-Flash"),
+        (["--models", TINY, "--layers", "3"], 1, "the model has 2"),
+        (["--layers", "-1"], 2, "--layers"),
+        (["--workers", "0"], 2, "--workers"),
+        (["--compilers", "no/such/folder"], 2, "no folder no/such/folder with compilers"),
+        (["--baseline", "no/such/file"], 2, "no/such/file can't be read"),
+        (["--join", "no/such/file"], 2, "no/such/file can't be read"),
+        (["--compare", "no/such/file", "nor/this"], 2, "no/such/file can't be read"),
+        (["--compare", ".", ".", "--same", "h100"], 2, "can't be read"),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_runs(args, code, said, tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "run_jobs", lambda *_, **__: pytest.fail("it ran"))
+    monkeypatch.chdir(tmp_path)
+    result = run("--out", str(tmp_path / "out"), *args)
+    assert result.exit_code == code, result.output
+    assert said in " ".join(result.stderr.replace("│", " ").split())
+    assert "Traceback" not in result.stderr
+
+
+def test_here_without_an_accelerator_is_said(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    result = run("--out", str(tmp_path), "--targets", "here")
+    assert result.exit_code == 2
+    assert "'here': jax finds no accelerator on this machine" in result.stderr
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    for out in (tmp_path / "file", tmp_path / "file" / "out"):
+        result = run("--out", str(out), *NOTHING)
+        assert result.exit_code == 1, result.output
+        assert str(tmp_path / "file") in result.stderr
+        assert "Traceback" not in result.stderr
+    assert (tmp_path / "file").read_text() == "in the way"
+
+
+def test_a_regression_from_the_baseline_is_named(tmp_path, finds):
+    worse = samples.row("moe", "pro 8", stages=samples.stages("compile", "failed", "it broke"))
+    before = written(tmp_path / "before", samples.row("moe", "pro 8"), samples.row("moe", "pro 1"))
+    finds(worse, samples.row("moe", "pro 1"))
+    out = tmp_path / "out"
+    result = run("--out", str(out), "--baseline", before)
+    assert result.exit_code == 1
+    assert "pro 8" in result.stderr
+    assert "it broke" in result.stderr
+    assert (out / "report.html").exists()
+    finds(samples.row("moe", "pro 8"), samples.row("moe", "pro 1"))
+    result = run("--out", str(out), "--baseline", before)
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert "No regressions" in result.stdout
+
+
+def test_two_reports_are_compared_and_nothing_is_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "run_study", lambda *_: pytest.fail("it ran"))
+    broken = samples.row("moe", "pro 8", "h200", stages=samples.stages("lower", "failed", "it"))
+    a = written(tmp_path / "a", samples.row("moe", "pro 8", "h100"))
+    b = written(tmp_path / "b", broken)
+    result = run("--compare", a, b)
+    assert result.exit_code == 0, result.output
+    assert "Nothing could be compared" in result.stdout
+    result = run("--compare", a, b, "--same", "h100=h200")
+    assert result.exit_code == 0, result.output
+    assert "1 regression" in result.stdout
+    result = run("--compare", a, b, "--same", "h100")
+    assert result.exit_code == 2
+    assert "write it as h100=h200" in result.stderr
+
+
+def test_reports_are_joined(tmp_path, finds):
+    finds(samples.row("moe", "pro 8"))
+    other = written(tmp_path / "a", samples.row("moe", "pro 1"))
+    more = written(tmp_path / "b", samples.row("moe", "pro 64"), samples.measured(case="pro 8"))
+    result = run("--out", str(tmp_path / "out"), "--join", other, "--join", more)
+    assert result.exit_code == 0, result.output
+    joined = Results.read(tmp_path / "out")
+    assert {row.case for row in joined} == {"pro 1", "pro 8", "pro 64"}
+    # What was run now counts, and not what it is joined with.
+    eight = next(row for row in joined if row.case == "pro 8")
+    assert eight.speed is None
+    assert joined.runs[eight.run].at == "2026-09-01T00:00:00Z"
+
+
+def test_places_ask_jax_only_where_nothing_is_known(monkeypatch):
+    monkeypatch.setattr(places.jax, "devices", lambda *_: pytest.fail("asked"))
+    plan_jobs(["here"], ["moe"], ["A"], ["decode"], ["auto"], present="h200")
