@@ -1,7 +1,6 @@
 """What a study says of programs that were compiled for devices that aren't there."""
 
 import functools
-import os
 
 import jax
 import jax.numpy as jnp
@@ -132,7 +131,3 @@ def test_a_topology_that_there_is_not_is_a_row():
     assert set(row.stages) == set(STAGES)
     assert row.stages["trace"].status == "refused"
     assert row.stages["trace"].reason
-
-
-def test_the_settings_that_compilers_need_are_the_default(monkeypatch):
-    assert os.environ["JAX_PLATFORMS"] == "cpu"
