@@ -41,7 +41,7 @@ def test_shapes_are_those_of_the_real_one(target, kernels, mesh):
     loaded = checkpoint.random_weights(CONFIG, 0, mesh=make_mesh(mesh) if mesh else None)
     use_kernels(loaded.model, allowed, native_e2m1=native)
     shapes = abstract_packed(CONFIG, allowed, loaded.placement, native_e2m1=native)
-    real, made = parameters(loaded.model), parameters(shapes)
+    real, made = [*parameters(loaded.model)], [*parameters(shapes)]
     assert [name for name, _ in real] == [name for name, _ in made]
     for (name, is_), (_, would_be) in zip(real, made, strict=True):
         arrays, tree = jax.tree.flatten(is_.get_value())
