@@ -242,7 +242,8 @@ def counted(operation: Operation) -> tuple[int, int]:
     def count() -> Any:
         where = operation.make(jax.random.key(0))[1]
         if operation.subject == "attention":
-            mask = visible(*where.T, sizes, window=window)
+            first, first_key, newest = where.T
+            mask = visible(first, first_key, newest, sizes, window=window)
         else:
             case = {**decode_cases.REAL, **decode_cases.SMALL}[operation.case]
             mask = visible_slots(where, sizes, window=window, causal=case.causal)
