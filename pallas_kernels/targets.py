@@ -44,6 +44,16 @@ class SerializedError(RuntimeError):
     """A kernel's matrix instructions wait for each other."""
 
 
+# What has to be importable to compile for a platform, and the packages that it comes with.
+_COMPILERS = {
+    "tpu": ("libtpu", "libtpu"),
+    "cuda": (
+        "jax_plugins.xla_cuda13",
+        "jax-cuda13-plugin jax-cuda13-pjrt nvidia-cuda-nvcc nvidia-nvvm",
+    ),
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Hardware:
     """A kind of device to lower and compile for.
@@ -62,12 +72,17 @@ class Hardware:
 
     def why_not_compile(self) -> str | None:
         """Why its compiler can't be used here; None if it can."""
-        module = "libtpu" if self.target.platform == "tpu" else "jax_plugins.xla_cuda13"
+        module, packages = _COMPILERS["tpu" if self.target.platform == "tpu" else "cuda"]
         try:
             found = importlib.util.find_spec(module)
         except ModuleNotFoundError:
             found = None
-        return None if found else f"no compiler for {self.name}: {module} isn't importable"
+        if found:
+            return None
+        return (
+            f"no compiler for {self.name}: {module} isn't importable; run `make compile` in the "
+            f"repository, or pip install --no-deps --target .compilers {packages}"
+        )
 
     def devices(self) -> list[Any]:
         """Devices of its topology, to make meshes of; they exist only for the compiler."""

@@ -34,7 +34,9 @@ def portability(
     ] = None,
     steps: Annotated[str, typer.Option(help="decode, verify and prefill.")] = "decode",
     kernels: Annotated[str, typer.Option(help="Of the steps: auto, reference, ...")] = "auto",
-    layers: Annotated[int, typer.Option(help="Only so many first layers of models.")] = 0,
+    layers: Annotated[
+        int, typer.Option(min=0, help="Only so many first layers of models; 0 for all.")
+    ] = 0,
     slices: Annotated[
         bool, typer.Option(help="Look for the smallest slice of each kind that holds a model.")
     ] = True,
@@ -70,7 +72,9 @@ def portability(
         from mimo_jax.portability import report, study
         from mimo_jax.portability.compare import compare as compared
         from mimo_jax.portability.compare_text import verdict
+        from mimo_jax.portability.jobs import AUTO
         from mimo_jax.portability.results import Results
+        from pallas_kernels.backends import NAMES, REFERENCE
 
         if compare is not None:
             a, b = (Results.read(path) for path in compare)
@@ -87,7 +91,7 @@ def portability(
             operations=_among(_names(operations, study.SUBJECTS), study.SUBJECTS, "operation"),
             models=_names(models, study.MODELS),
             steps=_among(_names(steps, ()), study.STEPS, "step"),
-            kernels=_names(kernels, ()),
+            kernels=_among(_names(kernels, ()), (AUTO, REFERENCE, *NAMES), "backend"),
             layers=layers,
             slices=slices,
             compilers=apart and apart.resolve(),

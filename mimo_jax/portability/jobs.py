@@ -14,7 +14,7 @@ from mimo_jax.portability.attempts import attempt, describe, not_tried
 from mimo_jax.portability.operations import Operation, operations
 from mimo_jax.portability.places import CPU, Place, find_place
 from mimo_jax.portability.results import Row, Stage
-from mimo_jax.portability.steps import STEPS, abstract_step
+from mimo_jax.portability.steps import STEPS, StepSize, abstract_step
 from pallas_kernels.backends import NAMES, REFERENCE
 
 AUTO = "auto"
@@ -100,16 +100,22 @@ def plan_jobs(
 
 
 def run_job(job: Job) -> Row:
-    """Does a job; what fails is in the row."""
-    return _step(job) if job.model else _operation(job)
+    """Does a job; what fails is in the row, the project's own errors too."""
+    try:
+        return _step(job) if job.model else _operation(job)
+    except Exception as error:
+        return unfinished(job, describe(error))
 
 
 def unfinished(job: Job, reason: str) -> Row:
-    """The row of a job whose process ended before it was done."""
+    """The row of a job that ended before it was done, for a reason of no stage."""
     place = job.place
     backend = job.backend
     if job.model:
-        case = step_case(job)
+        try:
+            case = step_case(job)
+        except (ValueError, OSError):  # the model's files have gone meanwhile
+            case = job.model
     else:
         case = job.case
         backend += _suffix(place, backend)
@@ -119,9 +125,19 @@ def unfinished(job: Job, reason: str) -> Row:
 
 def step_case(job: Job) -> str:
     """The name of a step's case."""
+    config, size, layers = _sized(job)
+    return measured_steps.named(size, job.model, layers, config.num_hidden_layers)
+
+
+def _sized(job: Job) -> tuple[MiMoConfig, StepSize, int | None]:
+    """Of a step the whole model, the sizes, and how many layers are taken, None for all."""
+    place = job.place
     config = MiMoConfig.from_pretrained(_preset(job.model))
     size = measured_steps.smaller(STEPS[job.subject], config)
-    return measured_steps.named(size, job.model, job.layers or None, config.num_hidden_layers)
+    layers = job.layers or None
+    if place.hardware is None and layers is None:
+        layers = measured_steps.fitting_layers(config, size, place)
+    return config, size, None if layers == config.num_hidden_layers else layers
 
 
 def _suffix(place: Place, backend: str) -> str:
@@ -131,6 +147,8 @@ def _suffix(place: Place, backend: str) -> str:
 def _operation(job: Job) -> Row:
     place = job.place
     found = [o for o in operations() if (o.subject, o.case) == (job.subject, job.case)]
+    if not found:
+        raise ValueError(f"there is no {job.subject} of case {job.case!r}")
     operation = found[0]
     interpreted = bool(_suffix(place, job.backend))
 
@@ -176,12 +194,8 @@ def _refused(operation: Operation, place: Place, backend: str) -> str | None:
 
 def _step(job: Job) -> Row:
     place = job.place
-    config = MiMoConfig.from_pretrained(_preset(job.model))
-    size = measured_steps.smaller(STEPS[job.subject], config)
-    layers = job.layers or None
-    if place.hardware is None and layers is None:
-        layers = measured_steps.fitting_layers(config, size, place)
-    case = measured_steps.named(size, job.model, layers, config.num_hidden_layers)
+    config, size, layers = _sized(job)
+    case = step_case(job)
 
     def row(stages: Any, **more: Any) -> Row:
         where = place.name, place.devices, place.mesh

@@ -71,10 +71,10 @@ def _plan(config: MiMoConfig, size: StepSize, device: Device) -> Plan:
 
 
 def load_model(name: str, layers: int | None, **options: Any) -> LanguageModel:
-    """The bundled checkpoint of that name, or a preset with random weights."""
+    """The bundled checkpoint of that name if it is whole, or a preset with random weights."""
     jax.clear_caches()
     gc.collect()  # modules refer to each other in circles, and the model before may be large
-    if name == "mimo-tiny":
+    if name == "mimo-tiny" and layers is None:
         return load(name, **options)
     return load(name, random_weights=0, layers=layers, **options)
 

@@ -181,7 +181,7 @@ def _matmul(case: matmul_cases.Case, rows: int, *, small: bool = False) -> Opera
         call=lambda *args, kernels: quantized_matmul.quantized_matmul(*args),
         implementations=quantized_matmul.IMPLEMENTATIONS,
         looked_at=lambda x, w: (x, w),
-        bytes=size * (1 if case.format == "fp8" else 0.5 + 1 / 32),
+        bytes=size * (1.0 if case.format == "fp8" else 0.5 + 1 / 32),
         flops=2.0 * size * rows,
         axis=0,
         last=lambda args: (args[0][-TAIL:], args[1]),
@@ -255,6 +255,7 @@ def _decode(name: str, case: decode_cases.Case, *, small: bool = False) -> Opera
         return attend
 
     seen = sum(min(n, (case.window or n) + case.queries - 1) for n in case.lengths)
+    pairs = sum(_decode_pairs(n, case) for n in case.lengths)
     head = case.kv_heads * (case.head + case.value)
     return Operation(
         *("decode_attention", name, small, make, 2),
@@ -263,5 +264,17 @@ def _decode(name: str, case: decode_cases.Case, *, small: bool = False) -> Opera
         implementations=decode_attention.IMPLEMENTATIONS,
         looked_at=lambda q, positions, sink, k, v: (q, k, v, case.window),
         bytes=2.0 * head * seen,
-        flops=2.0 * head * case.group * seen * case.queries,
+        flops=2.0 * head * case.group * pairs,
+    )
+
+
+def _decode_pairs(length: int, case: decode_cases.Case) -> int:
+    """(query, key) pairs of a sequence."""
+    first = length - case.queries
+    if case.causal:
+        return visible_pairs(first, case.queries, case.window)
+    # Each sees the later ones of its block besides.
+    return sum(
+        length - (0 if case.window is None else max(0, own - case.window + 1))
+        for own in range(first, length)
     )

@@ -22,6 +22,9 @@ HARDWARE = {h.name: h for h in (*targets.GPUS, targets.V4, *targets.TPUS)}
 _GPUS = {"hopper": "h100", "ampere": "a100", "blackwell": "b200"}
 # GPUs of a machine.
 _MACHINE = 8
+# Sizes of a topology: more digits than these no slice has.
+_SIZE = "[1-9][0-9]{0,4}"
+_SIZES = f"{_SIZE}(x{_SIZE})+"
 
 
 class PlaceError(ValueError):
@@ -112,12 +115,16 @@ def find_place(name: str, present: str = "") -> Place:
     if not colon:
         return Place(kind, kind, hardware, 1)
     if hardware.target.platform == "tpu":
-        if re.fullmatch(r"[1-9]\d*(x[1-9]\d*){1,2}", size) is None:
-            raise PlaceError(f"target {name!r}: write chips of a slice as {kind}:4x4")
+        example = "4x4" if hardware.topology.partition(":")[2].count("x") == 1 else "4x4x4"
+        if re.fullmatch(_SIZES, size) is None or size.count("x") != example.count("x"):
+            raise PlaceError(f"target {name!r}: write chips of a slice as {kind}:{example}")
         count = math.prod(map(int, size.split("x"))) * (2 if kind == "tpu7x" else 1)
+        largest = find_device(kind).domain
+        if largest is not None and count > largest:
+            raise PlaceError(f"target {name!r}: a slice has at most {largest} devices")
         hardware = dataclasses.replace(hardware, topology=f"{kind}:{size}")
         return Place(f"{kind}:{size}", kind, hardware, count)
-    if re.fullmatch(r"[1-9]\d*", size) is None:
+    if re.fullmatch(_SIZE, size) is None:
         raise PlaceError(f"target {name!r}: write how many GPUs, as {kind}:8")
     count = int(size)
     if count > _MACHINE and count % _MACHINE:

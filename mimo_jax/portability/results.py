@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from mimo_jax.engine.durable import replacing
+
 SCHEMA = 1
 FILE = "results.json"
 
@@ -311,9 +313,10 @@ class Results:
         return results
 
     def write(self, folder: Path) -> None:
-        """Writes results.json into a folder."""
+        """Writes results.json into a folder; one that is there is replaced whole or not at all."""
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / FILE).write_text(self.to_json())
+        with replacing(folder / FILE) as file:
+            file.write(self.to_json().encode())
 
     @classmethod
     def read(cls, path: Path) -> Results:

@@ -18,7 +18,7 @@ from mimo_jax import checkpoint
 from mimo_jax.config import MiMoConfig
 from mimo_jax.engine.machine import PACKAGES, cpu_model
 from mimo_jax.portability.jobs import Job, plan_jobs
-from mimo_jax.portability.places import HERE
+from mimo_jax.portability.places import HERE, PlaceError
 from mimo_jax.portability.results import Results, Row, Run
 from mimo_jax.portability.slices import slices
 from mimo_jax.portability.steps import STEPS as STEP_SIZES
@@ -82,15 +82,18 @@ def run_study(
 
     Raises:
       PlaceError: there is no such target, or "here" is one and there is no accelerator.
-      FileNotFoundError: there is no such model.
+      ConfigError: there is no such model, or it has not so many layers.
     """
     started = time.monotonic()
-    devices, present = _present() if HERE in options.targets else ({}, "")
+    targets = tuple(dict.fromkeys(name.strip().lower() for name in options.targets))
+    devices, present = _present() if HERE in targets else ({}, "")
     configs = {
         m: MiMoConfig.from_pretrained(checkpoint.bundled().get(m, m)) for m in options.models
     }
+    for config in configs.values() if options.layers else ():
+        config.truncated(options.layers)  # or it says how many there are
     jobs = plan_jobs(
-        *(options.targets, options.operations, options.models, options.steps, options.kernels),
+        *(targets, options.operations, options.models, options.steps, options.kernels),
         layers=options.layers,
         present=present,
     )
@@ -136,10 +139,15 @@ def _run(options: Options, command: str, devices: Mapping[str, int]) -> Run:
 
 
 def _present() -> tuple[dict[str, int], str]:
+    """How many accelerators of each kind there are, and what the kind is called here."""
     asked = subprocess.run([sys.executable, "-c", _ASK], capture_output=True, text=True)
     if asked.returncode:
-        return {}, ""
-    return json.loads(asked.stdout.splitlines()[-1])
+        said = asked.stderr.strip().splitlines() or ["nothing"]
+        raise PlaceError(f"target 'here': jax can't say what accelerators there are: {said[-1]}")
+    devices, present = json.loads(asked.stdout.splitlines()[-1])
+    if not devices:
+        raise PlaceError("target 'here': jax finds no accelerator on this machine")
+    return devices, present
 
 
 def _compilers(folder: Path | None) -> dict[str, str]:
