@@ -11,7 +11,7 @@ CONSTRAINTS := constraints$(SET).txt
 PIP_INSTALL := $(BIN)/python -m pip -qq --disable-pip-version-check install -c $(CONSTRAINTS)
 INPUTS := pyproject.toml $(CONSTRAINTS)
 COMPILERS := .compilers$(SET)
-APART := tests/speculation tests/meshes tests/pallas_kernels tests/endurance
+APART := $(addprefix tests/,speculation meshes pallas_kernels portability endurance)
 DEMO := outputs/demo.jsonl
 # By file: those of one share what they compile.
 PYTEST_ARGS ?= -n 2 --dist loadfile
@@ -45,8 +45,9 @@ endurance: $(VENV)/.installed-test
 compile: $(VENV)/.installed-test $(COMPILERS)/.installed
 	JAX_PLATFORMS=cpu PYTHONPATH=$(COMPILERS) $(BIN)/python -m pytest $(PYTEST_ARGS) tests/compiling
 
-# A part of the study, which fails if something no longer compiles that once did.
-portability: $(VENV)/.installed $(COMPILERS)/.installed
+# With a part of the study, which fails if something no longer compiles that once did.
+portability: $(VENV)/.installed-test $(COMPILERS)/.installed
+	$(BIN)/python -m pytest $(PYTEST_ARGS) tests/portability
 	$(BIN)/mimo-jax portability --out outputs/portability --targets hopper,hopper:8,v5e:4x8 \
 	  --models MiMo-V2.6-Flash-RL,MiMo-V2.5-Pro-FP4-DFlash --layers 4 --no-slices --workers 2 \
 	  --compilers $(COMPILERS) --baseline benchmarks/portability/part.json

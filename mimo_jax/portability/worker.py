@@ -13,6 +13,8 @@ import sys
 import typing
 import warnings
 
+import jax
+
 from mimo_jax.portability.jobs import Job, run_job
 
 
@@ -27,6 +29,7 @@ def main() -> None:
         row = run_job(Job(**json.loads(line)))
         rows.write(json.dumps(dataclasses.asdict(row)) + "\n")
         rows.flush()
+        jax.clear_caches()  # a study's programs would fill gigabytes
 
 
 if __name__ == "__main__":
