@@ -77,7 +77,9 @@ def steps(results: Results, reasons: Reasons) -> Iterator[Table]:
 
 def _models(rows: Sequence[Row]) -> str:
     """First words of the cases, which are the models' names."""
-    return ", ".join(dict.fromkeys(wording.line(row.case).split(" ")[0] for row in rows))
+    return ", ".join(
+        dict.fromkeys(wording.line(row.case).split(" ")[0].strip(":,") for row in rows)
+    )
 
 
 def operations(results: Results, reasons: Reasons) -> Iterator[Table]:
