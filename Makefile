@@ -1,5 +1,5 @@
-# make demo | test | speculation | meshes | kernels | endurance | compile | lint | format.  All is in
-# .venv, installed again only when pyproject.toml or constraints.txt change.  The compilers that
+# make demo | test | speculation | meshes | kernels | endurance | compile | notebooks | lint | format.
+# All is in .venv, installed again only when pyproject.toml or constraints.txt change.  The compilers that
 # `make compile` needs are in a folder of their own: wherever jax can import them, it takes them for
 # devices to run on.
 PYTHON ?= python3
@@ -13,7 +13,7 @@ DEMO := outputs/demo.jsonl
 # By file: those of one share what they compile.
 PYTEST_ARGS ?= -n 2 --dist loadfile
 
-.PHONY: demo test speculation meshes kernels endurance compile lint format
+.PHONY: demo test speculation meshes kernels endurance compile notebooks lint format
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -41,6 +41,11 @@ endurance: $(VENV)/.installed-test
 
 compile: $(VENV)/.installed-test $(COMPILERS)/.installed
 	JAX_PLATFORMS=cpu PYTHONPATH=$(COMPILERS) $(BIN)/python -m pytest $(PYTEST_ARGS) tests/compiling
+
+# NOTEBOOKS=--overwrite writes what they show into them.
+notebooks: export MIMO_JAX_COMPILATION_CACHE := off
+notebooks: $(VENV)/.installed-notebooks
+	$(BIN)/python -m pytest $(PYTEST_ARGS) --nbmake --nbmake-timeout=600 $(NOTEBOOKS) notebooks
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -70,6 +75,11 @@ $(VENV)/.installed-test: $(INPUTS) | $(VENV)/bin/python
 $(VENV)/.installed-dev: $(INPUTS) | $(VENV)/bin/python
 	@echo "installing mimo-jax with its tests and development tools in $(VENV)"
 	@$(PIP_INSTALL) -e '.[dev]'
+	@touch $@ $(VENV)/.installed $(VENV)/.installed-test
+
+$(VENV)/.installed-notebooks: $(INPUTS) | $(VENV)/bin/python
+	@echo "installing mimo-jax with its tests and what its notebooks need in $(VENV)"
+	@$(PIP_INSTALL) -e '.[test,notebooks]'
 	@touch $@ $(VENV)/.installed $(VENV)/.installed-test
 
 $(COMPILERS)/.installed: compilers.txt | $(VENV)/bin/python

@@ -156,7 +156,7 @@ def sink_shares(maps: Mapping[int, AttentionMap], ax: Axes | None = None) -> Axe
         columns=range(heads),
         numbers=".2f",
         vmin=0.0,
-        vmax=1.0,
+        vmax=float(np.nanmax(shares, initial=0.01)),
     )
 
 
