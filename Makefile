@@ -1,5 +1,6 @@
-# make demo | test | speculation | meshes | kernels | endurance | compile | portability | lint | format.  All is in
-# .venv, installed again only when pyproject.toml or constraints.txt change.  The compilers that
+# make demo | test | speculation | meshes | kernels | endurance | compile | portability | notebooks |
+# lint | format.  All is in .venv, installed again only when pyproject.toml or constraints.txt change.
+# The compilers that
 # `make compile` needs are in a folder of their own: wherever jax can import them, it takes them for
 # devices to run on.  With JAX=newest all is done with constraints-newest.txt and
 # compilers-newest.txt, in folders of the same ending.
@@ -16,7 +17,7 @@ DEMO := outputs/demo.jsonl
 # By file: those of one share what they compile.
 PYTEST_ARGS ?= -n 2 --dist loadfile
 
-.PHONY: demo test speculation meshes kernels endurance compile portability lint format
+.PHONY: demo test speculation meshes kernels endurance compile portability notebooks lint format
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -52,6 +53,11 @@ portability: $(VENV)/.installed-test $(COMPILERS)/.installed
 	  --models MiMo-V2.6-Flash-RL,MiMo-V2.5-Pro-FP4-DFlash --layers 4 --no-slices --workers 2 \
 	  --compilers $(COMPILERS) --baseline benchmarks/portability/part.json
 
+# NOTEBOOKS=--overwrite writes what they show into them.
+notebooks: export MIMO_JAX_COMPILATION_CACHE := off
+notebooks: $(VENV)/.installed-notebooks
+	$(BIN)/python -m pytest $(PYTEST_ARGS) --nbmake --nbmake-timeout=600 $(NOTEBOOKS) notebooks
+
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -80,6 +86,11 @@ $(VENV)/.installed-test: $(INPUTS) | $(VENV)/bin/python
 $(VENV)/.installed-dev: $(INPUTS) | $(VENV)/bin/python
 	@echo "installing mimo-jax with its tests and development tools in $(VENV)"
 	@$(PIP_INSTALL) -e '.[dev]'
+	@touch $@ $(VENV)/.installed $(VENV)/.installed-test
+
+$(VENV)/.installed-notebooks: $(INPUTS) | $(VENV)/bin/python
+	@echo "installing mimo-jax with its tests and what its notebooks need in $(VENV)"
+	@$(PIP_INSTALL) -e '.[test,notebooks]'
 	@touch $@ $(VENV)/.installed $(VENV)/.installed-test
 
 $(COMPILERS)/.installed: compilers$(SET).txt | $(VENV)/bin/python

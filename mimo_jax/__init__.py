@@ -55,8 +55,8 @@ _HOMES = {
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 _MODULES = (
-    *("api", "checkpoint", "config", "decoding", "engine", "language_model", "model", "planning"),
-    *("quant", "tokenizer"),
+    *("api", "checkpoint", "config", "decoding", "engine", "explore", "language_model", "model"),
+    *("planning", "quant", "tokenizer"),
 )
 
 

@@ -34,6 +34,7 @@ WITHIN = {
         *("config", "quant", "model", "checkpoint", "decoding", "engine", "tokenizer"),
         "language_model",
     },
+    "explore": {"config", "quant", "model", "tokenizer", "language_model"},
     ".": {
         *("config", "quant", "model", "checkpoint", "decoding", "engine", "tokenizer"),
         *("language_model", "api"),

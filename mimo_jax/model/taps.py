@@ -14,6 +14,14 @@ from collections.abc import Iterable
 
 from jaxtyping import Array
 
+# What the dimensions of each kind are, in words.
+AXES: dict[str, tuple[str, ...]] = {
+    "hidden": ("batch", "position", "feature"),
+    "router": ("batch", "position", "expert"),
+    "experts": ("batch", "position", "choice"),
+    "attention": ("batch", "head", "query", "key"),
+}
+
 
 class Taps:
     """Collects the requested intermediate arrays while a forward pass is traced."""
