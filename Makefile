@@ -51,7 +51,7 @@ portability: $(VENV)/.installed-test $(COMPILERS)/.installed
 	$(BIN)/python -m pytest $(PYTEST_ARGS) tests/portability
 	$(BIN)/mimo-jax portability --out outputs/portability --targets hopper,hopper:8,v5e:4x8 \
 	  --models MiMo-V2.6-Flash-RL,MiMo-V2.5-Pro-FP4-DFlash --layers 4 --no-slices --workers 2 \
-	  --compilers $(COMPILERS) --baseline benchmarks/portability/part.json
+	  --compilers $(COMPILERS) --baseline benchmarks/results/portability_part.json
 
 # NOTEBOOKS=--overwrite writes what they show into them.
 notebooks: export MIMO_JAX_COMPILATION_CACHE := off

@@ -1,4 +1,4 @@
-"""Writes the tables in README.md and benchmarks/README.md from benchmarks/results.
+"""Writes the tables in README.md, benchmarks/README.md and docs from benchmarks/results.
 
     python scripts/tables.py            # after `bench.py kernels` or bench_model.py
     python scripts/tables.py --check    # are they as the results say?
@@ -18,11 +18,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import portability_tables
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-DOCUMENTS = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
+DOCUMENTS = (
+    ROOT / "README.md",
+    ROOT / "benchmarks" / "README.md",
+    ROOT / "docs" / "portability.md",
+)
 BLOCK = re.compile(r"(<!-- table: (\S+)((?: \S+)*) -->\n)(.*?)(<!-- end of table -->)", re.DOTALL)
 PLAIN = "plain XLA"
+FLASH, PRO = "MiMo-V2.6-Flash-RL", "MiMo-V2.5-Pro-FP4-DFlash"
 OPERATIONS = (
     *("moe", "quantized_matmul", "attention", "decode_attention"),
     *("rotate_and_store", "routing"),
@@ -238,6 +245,10 @@ TABLES: dict[str, Callable[..., str]] = {
     "speculation": speculation,
     "engine": engine,
     "serving": serving,
+    "support": lambda result: table(*portability_tables.support(result)),
+    "flash_steps": lambda result: table(*portability_tables.steps(result, FLASH)),
+    "pro_steps": lambda result: table(*portability_tables.steps(result, PRO)),
+    "h100_h200": lambda result: table(*portability_tables.hardware(result, "h100", "h200")),
 }
 
 

@@ -117,7 +117,7 @@ def pack(
     to remain, and devices that lag behind don't hold weights twice.
     """
     mesh, places, parts = _parts(value)
-    like, scales, words = _packing(kernels, native_e2m1, parts, places)
+    like, scales, words = _packing(kernels, native_e2m1, parts, places, mesh)
     with use(mesh):
         packed_scales = jax.block_until_ready(scales(value))
         return like.with_arrays(jax.block_until_ready(words(value)), packed_scales)
@@ -128,7 +128,7 @@ def _abstract_pack(
 ) -> packed.Packed:
     """`pack` of shapes."""
     mesh, places, parts = _parts(value)
-    like, *programs = _packing(kernels, native_e2m1, parts, places)
+    like, *programs = _packing(kernels, native_e2m1, parts, places, mesh)
     with use(mesh):
         scales, words = (jax.eval_shape(program, value) for program in programs)
     if places is not None:
@@ -150,7 +150,7 @@ def _parts(value: FP8Array | MXFP4Array) -> tuple[Any, Any, Any]:
 
 @functools.cache
 def _packing(
-    kernels: tuple[str, ...], native_e2m1: bool, parts: Any, places: Any
+    kernels: tuple[str, ...], native_e2m1: bool, parts: Any, places: Any, mesh: Any
 ) -> tuple[packed.Packed, Callable[..., jax.Array], Callable[..., jax.Array]]:
     """Packed weights as shapes, and what makes their scales and their words.
 
@@ -160,6 +160,7 @@ def _packing(
       kernels, native_e2m1: as for `pack`.
       parts: each device's part of the weights, as shapes.
       places: partition specs of codes and scales; None on one device.
+      mesh: that these are of; meshes of the same sizes may have other devices.
     """
     local = functools.partial(packed.pack, kernels=kernels, native_e2m1=native_e2m1)
     like = jax.eval_shape(local, parts)

@@ -23,6 +23,7 @@ from mimo_jax.portability.jobs import Job, unfinished
 from mimo_jax.portability.results import Row, row_from
 
 WORKER = (sys.executable, "-m", "mimo_jax.portability.worker")
+THREADS = 8
 _LAST = 2000  # characters of what a process said before it died
 _ENDING = 10.0  # seconds that a process may take to end once it answers no more
 _POLL = 0.2  # seconds after which a thread looks whether it is to stop
@@ -40,6 +41,10 @@ def environment(compilers: Path | None, *, devices: bool) -> dict[str, str]:
         env["JAX_PLATFORMS"] = "cpu"  # or jax tries to run programs on a compiler's devices
         # Times of compiling are those without a cache.
         env["MIMO_JAX_COMPILATION_CACHE"] = "off"
+        # XLA has as many threads as devices or cores, and those of an interpreted kernel wait for
+        # each other: with two, all wait.
+        threads = f"--xla_force_host_platform_device_count={THREADS}"
+        env["XLA_FLAGS"] = f"{env.get('XLA_FLAGS', '')} {threads}".strip()
         if compilers is not None:
             paths = [str(compilers), env.get("PYTHONPATH", "")]
             env["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
