@@ -195,7 +195,7 @@ def _refused(operation: Operation, place: Place, backend: str) -> str | None:
 def _step(job: Job) -> Row:
     place = job.place
     config, size, layers = _sized(job)
-    case = step_case(job)
+    case = measured_steps.named(size, job.model, layers, config.num_hidden_layers)
 
     def row(stages: Any, **more: Any) -> Row:
         where = place.name, place.devices, place.mesh

@@ -118,7 +118,7 @@ def find_place(name: str, present: str = "") -> Place:
         example = "4x4" if hardware.topology.partition(":")[2].count("x") == 1 else "4x4x4"
         if re.fullmatch(_SIZES, size) is None or size.count("x") != example.count("x"):
             raise PlaceError(f"target {name!r}: write chips of a slice as {kind}:{example}")
-        count = math.prod(map(int, size.split("x"))) * (2 if kind == "tpu7x" else 1)
+        count = slice_devices(kind, size)
         largest = find_device(kind).domain
         if largest is not None and count > largest:
             raise PlaceError(f"target {name!r}: a slice has at most {largest} devices")
@@ -132,6 +132,11 @@ def find_place(name: str, present: str = "") -> Place:
     machines = max(1, count // _MACHINE)
     topology = f"1x{machines}x{count // machines}"
     return Place(f"{kind}:{count}", kind, dataclasses.replace(hardware, topology=topology), count)
+
+
+def slice_devices(kind: str, topology: str) -> int:
+    """Devices, as JAX counts them, of so many chips: a tpu7x chip is two."""
+    return math.prod(map(int, topology.split("x"))) * (2 if kind == "tpu7x" else 1)
 
 
 def arranged(devices: int) -> str:

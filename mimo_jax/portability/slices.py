@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from mimo_jax.config import MiMoConfig
 from mimo_jax.planning import make_plan
-from mimo_jax.portability.places import arranged
+from mimo_jax.portability.places import arranged, slice_devices
 from mimo_jax.portability.results import Room, Slice
 from sharding.devices import find_device
 from sharding.rules import ShardingError
@@ -49,7 +48,7 @@ def _smallest(name: str, config: MiMoConfig, kind: str) -> Slice:
 
 def _plans(config: MiMoConfig, kind: str) -> Iterator[tuple[str, int, Any]]:
     for topology in TOPOLOGIES[kind]:
-        devices = math.prod(map(int, topology.split("x"))) * (2 if kind == "tpu7x" else 1)
+        devices = slice_devices(kind, topology)
         try:
             yield topology, devices, _plan(config, kind, arranged(devices), 1, CONTEXTS[0])
         except ShardingError:  # so many don't divide the model
