@@ -1,5 +1,5 @@
 # make demo | test | speculation | meshes | kernels | endurance | compile | portability | notebooks |
-# lint | format.  All is in .venv, installed again only when pyproject.toml or constraints.txt change.
+# docs | lint | format.  All is in .venv, installed again only when pyproject.toml or constraints.txt change.
 # The compilers that
 # `make compile` needs are in a folder of their own: wherever jax can import them, it takes them for
 # devices to run on.  With JAX=newest all is done with constraints-newest.txt and
@@ -17,7 +17,8 @@ DEMO := outputs/demo.jsonl
 # By file: those of one share what they compile.
 PYTEST_ARGS ?= -n 2 --dist loadfile
 
-.PHONY: demo test speculation meshes kernels endurance compile portability notebooks lint format
+.PHONY: demo test speculation meshes kernels endurance compile portability notebooks \
+  docs lint format
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -58,6 +59,15 @@ notebooks: export MIMO_JAX_COMPILATION_CACHE := off
 notebooks: $(VENV)/.installed-notebooks
 	$(BIN)/python -m pytest $(PYTEST_ARGS) --nbmake --nbmake-timeout=600 $(NOTEBOOKS) notebooks
 
+# The site, in outputs/site, and the examples of README.md and docs.
+docs: export NO_MKDOCS_2_WARNING := 1
+docs: export MIMO_JAX_COMPILATION_CACHE := off
+docs: export XLA_FLAGS := --xla_force_host_platform_device_count=8
+docs: export COLUMNS := 100
+docs: $(VENV)/.installed-docs
+	$(BIN)/python -m mkdocs build --quiet --strict
+	$(BIN)/python -m pytest $(PYTEST_ARGS) README.md docs
+
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -91,6 +101,11 @@ $(VENV)/.installed-dev: $(INPUTS) | $(VENV)/bin/python
 $(VENV)/.installed-notebooks: $(INPUTS) | $(VENV)/bin/python
 	@echo "installing mimo-jax with its tests and what its notebooks need in $(VENV)"
 	@$(PIP_INSTALL) -e '.[test,notebooks]'
+	@touch $@ $(VENV)/.installed $(VENV)/.installed-test
+
+$(VENV)/.installed-docs: $(INPUTS) | $(VENV)/bin/python
+	@echo "installing mimo-jax with what its documentation needs in $(VENV)"
+	@$(PIP_INSTALL) -e '.[test,docs]'
 	@touch $@ $(VENV)/.installed $(VENV)/.installed-test
 
 $(COMPILERS)/.installed: compilers$(SET).txt | $(VENV)/bin/python
