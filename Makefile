@@ -66,7 +66,7 @@ docs: export XLA_FLAGS := --xla_force_host_platform_device_count=8
 docs: export COLUMNS := 100
 docs: $(VENV)/.installed-docs
 	$(BIN)/python -m mkdocs build --quiet --strict
-	$(BIN)/python -m pytest $(PYTEST_ARGS) README.md docs
+	$(BIN)/python -m pytest $(PYTEST_ARGS) tests/test_site_hooks.py README.md docs
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -31,7 +31,7 @@ from sybil.parsers.markdown import CodeBlockParser, SkipParser
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("scripts", "examples", "notebooks", "benchmarks", "mimo_jax")
 NUMBER = re.compile(r"\d+\.\d+")
-WRAPPED = re.compile(r"\\\n\s*")
+END_OF_COMMAND = re.compile(r"(?<!\\)\n")
 TIMEOUT = 900  # seconds; only against what never ends
 
 
@@ -75,9 +75,9 @@ def commands(block: str) -> list[tuple[str, str]]:
         raise ValueError(f"a console block begins with a command after a $, not {parts[0]!r}")
     found = []
     for part in parts[1:]:
-        command, _, expected = WRAPPED.sub(" ", part).partition("\n")
+        command, expected = re.split(END_OF_COMMAND, part + "\n", maxsplit=1)
         shlex.split(command)  # raises if a quote is open
-        found.append((command, expected))
+        found.append((command, expected.rstrip("\n")))
     return found
 
 
@@ -105,7 +105,8 @@ def _even(printed: str) -> str:
     return "\n".join(line.rstrip() for line in printed.rstrip().split("\n")) + "\n"
 
 
-def _setup(namespace: dict[str, Any]) -> None:
+def setup(namespace: dict[str, Any]) -> None:
+    """Goes to a new folder, in which those of the repository are found."""
     folder = tempfile.TemporaryDirectory()
     namespace["_folder"], namespace["_back"] = folder, os.getcwd()
     for name in FOLDERS:
@@ -113,7 +114,8 @@ def _setup(namespace: dict[str, Any]) -> None:
     os.chdir(folder.name)
 
 
-def _teardown(namespace: dict[str, Any]) -> None:
+def teardown(namespace: dict[str, Any]) -> None:
+    """Goes back, and removes it."""
     os.chdir(namespace["_back"])
     namespace["_folder"].cleanup()
 
@@ -127,6 +129,6 @@ EXAMPLES = Sybil(
     ],
     patterns=["README.md", "docs/*.md", "docs/*/*.md"],
     path=str(ROOT),
-    setup=_setup,
-    teardown=_teardown,
+    setup=setup,
+    teardown=teardown,
 )
