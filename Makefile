@@ -62,7 +62,8 @@ notebooks: $(VENV)/.installed-notebooks
 # The site, in outputs/site, and the examples of README.md and docs.
 docs: export NO_MKDOCS_2_WARNING := 1
 docs: export MIMO_JAX_COMPILATION_CACHE := off
-docs: export XLA_FLAGS := --xla_force_host_platform_device_count=8
+# The same instructions on every processor, so that texts are the same.
+docs: export XLA_FLAGS := --xla_force_host_platform_device_count=8 --xla_cpu_max_isa=AVX2
 docs: export COLUMNS := 100
 docs: $(VENV)/.installed-docs
 	$(BIN)/python -m mkdocs build --quiet --strict

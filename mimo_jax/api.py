@@ -70,7 +70,8 @@ def load(
       checkpoint.CheckpointError: the checkpoint is damaged or not one of ours; the message lists
         every tensor concerned.
       ConfigError: its config asks for something that is not implemented.
-      MeshError, ShardingError: there is no such mesh, or it does not divide the model.
+      MeshError: there is no such mesh.
+      ShardingError: there are no such rules, or the mesh does not divide the model.
       NotEnoughMemoryError: the weights would not fit; nothing has been allocated.
       BackendError: there are no such kernels, or they don't run here or with these weights.
     """

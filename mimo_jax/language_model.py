@@ -45,7 +45,8 @@ class LanguageModel:
       config: the model's `MiMoConfig`.
       model: the backbone, a flax.nnx module (a pytree of parameters).
       tokenizer: the Hugging Face tokenizer, None if the checkpoint has none.
-      mtp, drafter: the multi-token-prediction blocks and the DFlash drafter, if it has them.
+      mtp: the multi-token-prediction blocks, if it has any.
+      drafter: the DFlash drafter, if it has one.
       mesh: the devices it is split over, None if it is on one.  Calls of `model` by yourself want
         `jax.set_mesh(lm.mesh)` around them.
       loaded: all of the above as the checkpoint package returned it.
@@ -190,7 +191,8 @@ class LanguageModel:
         Args:
           batch_size: completions decoded together, rounded up to what the mesh divides.
           max_len: positions of the cache of each, prompt and completion together.
-          speculative, draft_width: as of `generate`.
+          speculative: as of `generate`.
+          draft_width: as of `generate`.
           top_logprobs: the most that a request asks for; None if none does.
 
         Raises:
@@ -231,7 +233,10 @@ class LanguageModel:
         which rounds differently in bfloat16.
 
         Args:
-          prompt, params, speculative, draft_width: as of `generate`.
+          prompt: as one of `generate`.
+          params: as of `generate`.
+          speculative: as of `generate`.
+          draft_width: as of `generate`.
 
         Raises:
           ValueError: the prompt is empty, malformed or too long, params.n is not 1, or the

@@ -1,7 +1,7 @@
 """Text to token ids and back: the checkpoint's tokenizer, prompts, streamed text, stop strings.
 
 The tokenizer and the chat template are those of the checkpoint folder, run by transformers from
-local files, without remote code, and with the template in jinja's sandbox (MODEL_SPEC 6).
+local files, without remote code, and with the template in jinja's sandbox.
 """
 
 from __future__ import annotations

@@ -16,7 +16,8 @@ class Repacked:
     Attributes:
       words: the codes; see the formats.
       scales: see the formats.
-      rows, columns: of the matrix that was packed; on a mesh, of each device's part of it.
+      rows: of the matrix that was packed; on a mesh, of each device's part of it.
+      columns: likewise.
       kernels: the backends that may be used (`pallas_kernels.backends.resolve`).
     """
 

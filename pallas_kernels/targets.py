@@ -245,7 +245,10 @@ def compile(
     """Compiles `f` for a device.
 
     Args:
-      hardware, f, args, mesh: as of `lower`; without a mesh all is on the first device.
+      hardware: the device, as of `lower`.
+      f: as of `lower`.
+      args: as of `lower`.
+      mesh: as of `lower`; without a mesh all is on the first device.
       spills: let kernels of a GPU spill registers, and serialize matrix instructions.
 
     Raises:

@@ -22,6 +22,7 @@ from typing import Any
 
 from latex2mathml.converter import convert
 from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
@@ -57,6 +58,7 @@ def on_config(config: MkDocsConfig) -> None:
     config.mdx_configs["pymdownx.superfences"] = {"custom_fences": fences}
 
 
+@event_priority(100)  # before what makes pages of notebooks
 def on_files(files: Files, config: MkDocsConfig) -> None:
     """Adds the pages from elsewhere, and one for each file of source that a page links to."""
     for page, source in ELSEWHERE.items():

@@ -41,7 +41,8 @@ class Route:
       slot: int32, [d, p] is the row of the send buffer that took token p to device d, or n*P.
       sent: int32, rows sent to each device.
       received: int32, rows received from each device.
-      axis, ragged: as given to `dispatch`.
+      axis: as given to `dispatch`.
+      ragged: as given to `dispatch`.
     """
 
     slot: Int[Array, "n P"]

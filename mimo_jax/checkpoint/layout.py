@@ -29,7 +29,7 @@ def qkv_layout(name: str | None) -> QKVLayout | None:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """The storage layout of a checkpoint (MODEL_SPEC 5).
+    """The storage layout of a checkpoint.
 
     Attributes:
       qkv: query, key and value projections are "split" in three tensors, or fused in one whose rows
@@ -38,7 +38,7 @@ class Layout:
       linear_format: storage of QKV, dense feed-forward and MTP matrices.
       expert_format: storage of expert matrices.
       shared_kv_scales: of split FP8 layers, the parameters whose keys and values share scale
-        blocks (MODEL_SPEC 5.2, quirk A).
+        blocks, as in V2-Flash's full layers.
       stacked_experts: experts are stacked, gate and up in one tensor (transformers' own names).
       sink_name: last part of the name of a layer's sinks; transformers' own is "sinks".
       drafter_prefix: "model." where the drafter's names have it.

@@ -62,11 +62,11 @@ def load(
     rules: str | ShardingRules = "latency",
     progress: Progress | None = None,
 ) -> Loaded:
-    """Loads a local checkpoint of any published layout (MODEL_SPEC 5), or one that `convert` made.
+    """Loads a local checkpoint of any published layout, or one that `convert` made.
 
     Configs, index and headers are checked completely before the first weight is read, values while
-    they are read.  Each process reads only what its devices hold, and needs at most `BUDGET` bytes
-    of the host's memory for it.
+    they are read.  Each process reads only what its devices hold, and needs at most
+    `streaming.BUDGET` bytes of the host's memory for it.
 
     Args:
       folder: the checkpoint; see `resolve` for names and hub ids.

@@ -48,9 +48,11 @@ class Report:
 
     Attributes:
       folder: the checkpoint.
-      config, layout: None where config.json is unusable.
+      config: None where config.json is unusable.
+      layout: None there too.
       groups: what its bytes are spent on.
-      parameters: number of weights of the backbone, and of its MTP blocks.
+      parameters: number of weights of the backbone.
+      mtp_parameters: and of its MTP blocks.
       mtp_blocks: MTP blocks found.
       drafter: the drafter's config, if there is a drafter.
       drafter_parameters: its number of weights.

@@ -41,7 +41,8 @@ def random_weights(
       config: the backbone's.
       seed: the same seed gives the same weights on any mesh.
       dtype: of weights that are not quantised, instead of the config's.
-      mesh, rules: as for `load`.
+      mesh: as for `load`.
+      rules: as for `load`.
       mtp_blocks: MTP blocks besides.
       drafter: a DFlash drafter besides.
 

@@ -28,8 +28,10 @@ class LayerSpec:
     Attributes:
       index: position in the stack.
       kind: "full" causal attention or "sliding" window attention.
-      num_heads, num_kv_heads: query heads N and key/value heads K.
-      head_dim, v_head_dim: width H of queries and keys, width V of values.
+      num_heads: query heads N.
+      num_kv_heads: key/value heads K.
+      head_dim: width H of queries and keys.
+      v_head_dim: width V of values.
       rotary_dim: leading dimensions of each head that rotate.
       rope_theta: rotary base.
       window: keys visible to a query, itself included; None for full attention.
@@ -54,9 +56,9 @@ class LayerSpec:
 class MiMoConfig:
     """Configuration of the MiMo-V2 backbone; field names are those of the released config.json.
 
-    `sliding_window` counts visible keys including the query's own (128 in the releases,
-    MODEL_SPEC 2.8).  `extra` keeps keys the text model does not use (as a JSON string, so that the
-    config stays hashable); they are written back by `to_dict`.
+    `sliding_window` counts visible keys including the query's own (128 in the releases).  `extra`
+    keeps keys the text model does not use (as a JSON string, so that the config stays hashable);
+    they are written back by `to_dict`.
     """
 
     vocab_size: int
@@ -235,8 +237,8 @@ class MiMoConfig:
 
     @property
     def qkv_chunks(self) -> int:
-        """Chunks in which fused QKV rows are interleaved: the releases' (MODEL_SPEC 5.2, quirk B),
-        which is the number of full layers' key/value heads wherever sliding layers can follow."""
+        """Chunks in which fused QKV rows are interleaved: the releases', which is the
+        number of full layers' key/value heads wherever sliding layers can follow."""
         return math.gcd(self.num_key_value_heads, self.swa_num_key_value_heads)
 
     def _validate(self) -> None:

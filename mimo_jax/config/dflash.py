@@ -13,10 +13,10 @@ from mimo_jax.config.reading import ConfigError, read_named, refuse, with_floats
 
 @dataclasses.dataclass(frozen=True)
 class DFlashConfig:
-    """Configuration of the DFlash drafter (MODEL_SPEC 1.2); names as in dflash/config.json.
+    """Configuration of the DFlash drafter; names as in dflash/config.json.
 
     `vocab_size` is informative only: the drafter uses the backbone's embedding and head, whose
-    vocabulary may be larger (MODEL_SPEC 4.2.7).  `backbone_rotary_base` is kept and not used.
+    vocabulary may be larger.  `backbone_rotary_base` is kept and not used.
     """
 
     hidden_size: int

@@ -61,7 +61,7 @@ class Decoder:
 
     Args:
       model: the backbone.
-      valid_vocabulary: ids from here on are never produced (MODEL_SPEC 2.13).
+      valid_vocabulary: ids from here on are never produced.
       eos_ids: tokens that end a row, unless its parameters say to ignore them.
       placement: the mesh the model is on, and its rules; None if it is on one device.
 

@@ -120,7 +120,7 @@ class MTPState:
 
 @dataclasses.dataclass(frozen=True)
 class MTPDrafter:
-    """One proposed token a block; every block gets the backbone's own hidden states (3.3, 3.4).
+    """One proposed token a block; every block gets the backbone's own hidden states.
 
     Block k reads the token k + 1 positions after a row.  For the last k rows these are proposals of
     the blocks before it, so it runs these rows again once their tokens are known.
@@ -196,14 +196,14 @@ class MTPDrafter:
 
 @dataclasses.dataclass(frozen=True)
 class DFlashDrafter:
-    """A block of proposals in one pass, with context from the backbone's layers (4.1, 4.2)."""
+    """A block of proposals in one pass, with context from the backbone's layers."""
 
     module: DFlash
     name: str = "dflash"
 
     @property
     def taps(self) -> tuple[str, ...]:
-        """Residual streams after the target layers, none of them normed (4.2.6)."""
+        """Residual streams after the target layers, none of them normed."""
         return tuple(f"hidden.{i}" for i in self.module.config.target_layer_ids)
 
     @property

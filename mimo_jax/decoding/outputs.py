@@ -52,12 +52,13 @@ class Metrics:
         first token.
       tpot_s: a token, of those that came later than the first; 0 if none did.  Tokens come several
         at a time, and what came last counts with all that there was time for.
-      prompt_tokens, generated_tokens: counts, the latter over all completions.
+      prompt_tokens: of the prompt.
+      generated_tokens: of all completions.
       acceptance_lengths: tokens that each speculative round produced; empty without speculation.
       draft_widths: tokens that it verified at once.
-      verify_s, draft_s: what these rounds took to verify and to draft, by the device's clock, the
-        other requests of the batch included; None without speculation, or where programs can't
-        read a clock (CPUs, TPUs).
+      verify_s: what these rounds took to verify, by the device's clock, the other requests of the
+        batch included; None without speculation, or where programs can't read a clock (CPUs, TPUs).
+      draft_s: what they took to draft, likewise.
     """
 
     ttft_s: float

@@ -144,7 +144,9 @@ class RowParams:
 
     Attributes:
       temperature: 0 marks a greedy row.
-      top_p, top_k, min_p: as in `SamplingParams`.
+      top_p: as in `SamplingParams`, and so are the next two.
+      top_k: 0 or less keeps all tokens.
+      min_p: 0 keeps all tokens.
       key_data: threefry key of the row's seed.
     """
 
@@ -197,7 +199,7 @@ def sample_seed(seed: int, index: int) -> int:
 
 
 def mask_vocabulary(logits: Float32[Array, "*b V"], n_valid: int) -> Float32[Array, "*b V"]:
-    """Sets the logits of ids >= n_valid, which have no tokenizer entry, to -inf (MODEL_SPEC 2.13).
+    """Sets the logits of ids >= n_valid, which have no tokenizer entry, to -inf.
 
     To be applied before everything else here.
 

@@ -123,7 +123,8 @@ class Slots:
           slot: a slot whose row is done.
           lane: where all of the prompt but its last token has been read; None if it has only one.
           newest: the prompt's last token, and its position.
-          params, seed: how the row is sampled.
+          params: how the row is sampled.
+          seed: of its randomness.
           budget: tokens that it may produce at most.
         """
         row = (sampling.row_params([params], [seed]), np.array([params.ignore_eos]))

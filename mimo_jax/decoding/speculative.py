@@ -72,8 +72,11 @@ class SpeculativeDecoder(Decoder):
     """`Decoder` with a drafter: the same tokens in fewer steps.
 
     Args:
-      model, valid_vocabulary, eos_ids, placement: as of `Decoder`.
+      model: the backbone, as of `Decoder`; so are the next three.
       drafter: what proposes tokens.
+      valid_vocabulary: ids from here on are never produced.
+      eos_ids: tokens that end a row.
+      placement: the mesh and its rules.
       width: tokens of a row that are verified at once, the newest and proposals: a number, None for
         all, or "adaptive" for what pays best with the acceptance so far (`AdaptiveWidth`).
 

@@ -31,7 +31,8 @@ class Row:
     Attributes:
       serial: no other row ever has it, so that results of a slot's earlier row are told apart.
       slot: where it is decoded.
-      job, index: whose completion it is; the index is from 0 to job.n - 1.
+      job: whose completion it is.
+      index: which of the job's completions, from 0 to job.n - 1.
       max_tokens: tokens that it may have, with which prompt and completion fit into the cache.
     """
 

@@ -59,7 +59,8 @@ class Totals:
 
     Attributes:
       requests: that have ended.
-      prompt_tokens, generated_tokens: of requests that have ended, and of all that were begun.
+      prompt_tokens: of requests that have ended.
+      generated_tokens: of all that were begun.
       rounds: of speculation.
       decodes: dispatches of steps.
     """
@@ -102,7 +103,8 @@ class Engine:
       totals: what it did so far.
 
     Raises:
-      ValueError, ShardingError: as `Slots`.
+      ValueError: max_len is not positive or exceeds the model's.
+      ShardingError: the mesh does not divide slots or lanes.
     """
 
     def __init__(

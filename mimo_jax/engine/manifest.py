@@ -46,9 +46,13 @@ def make_manifest(
       source: the input.
       model: the checkpoint's name.
       checkpoint_sha256: of `hash_checkpoint`, or another string that tells checkpoints apart.
-      code_version: mimo_jax.__version__.
-      mesh, rules, kernels, dtype, decoding: how the model runs; what JSON can hold, or is written
-        as its `str`.
+      code_version: `mimo_jax.__version__`.
+      mesh: what the model is split over.  Of this and the next four, what JSON can't hold is
+        written as its `str`.
+      rules: how it is split.
+      kernels: which ones it uses.
+      dtype: what it computes in.
+      decoding: how it decodes.
       sampling: defaults of the requests; None values are left out.
       seed: from which requests get theirs.
       shard: the part of the input that the run does.

@@ -66,9 +66,11 @@ class Failure:
     """A line that can't be completed, and why.
 
     Attributes:
-      line, id, convention: as a request's; the id is None if it can't be read.
+      line: its number in the file, from 1.
+      id: as a request's; None if it can't be read.
       type: "invalid_request" (the line), "invalid_prompt" (for this model) or another word.
       message: a sentence for who wrote the line.
+      convention: as a request's.
       fingerprint: tells it from the line as it may be later; of the bytes or of the request.
     """
 
@@ -121,7 +123,8 @@ class RequestFile:
     """A file of requests, read.
 
     Attributes:
-      requests, failures: one for each line that isn't empty, in the order of lines.
+      requests: one for each well-formed line, in the order of lines.
+      failures: one for each other line that isn't empty.
       sha256: of the file's bytes as they are stored.
       lines: how many lines aren't empty, those outside of the shard included.
     """

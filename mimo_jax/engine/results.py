@@ -165,7 +165,8 @@ class Results:
         longer stay.
 
         Args:
-          requests, failures: what the input has now.
+          requests: what the input has now that can be completed.
+          failures: and what can't.
           force: keep completions made with other sampling parameters.
 
         Raises:

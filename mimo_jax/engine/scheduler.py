@@ -28,7 +28,8 @@ class Stats(NamedTuple):
       waiting: jobs in the queue.
       prefilling: jobs in lanes.
       running: rows in slots.
-      free_slots, free_lanes: those without.
+      free_slots: slots without a row.
+      free_lanes: lanes without a job.
       cache_used: positions that have something of use, in slots, lanes and snapshots.
       cache_capacity: positions that there are.
       prefix_hits: jobs that started from a snapshot.

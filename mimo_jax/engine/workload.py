@@ -26,9 +26,11 @@ class Lengths:
 
     Attributes:
       text: as people write it (`parse`).
-      least, most: what is drawn lies between them, both included; None for no bound.
-      median, sigma: of a lognormal distribution, sigma that of the logarithm, what exceeds the
-        bounds becomes them; None for a uniform one.
+      least: the smallest number that is drawn.
+      most: the largest one; None for no bound.
+      median: of a lognormal distribution, of which what exceeds the bounds becomes them; None for a
+        uniform one.
+      sigma: of its logarithm.
     """
 
     text: str
@@ -81,7 +83,8 @@ class Workload:
     requests are those of fewer.
 
     Attributes:
-      prompt, output: how long they are, independently of each other.
+      prompt: how long prompts are.
+      output: how long outputs are, independently of the prompts.
       requests: how many.
       rate: requests a second, of a Poisson process that begins with the first; None if all are
         there at the start.

@@ -19,8 +19,8 @@ class AttentionMap:
     Attributes:
       layer: what kind of layer it is.
       weights: float32 (batch, head, query, key), zero for keys that are not seen.
-      sink: what the sink takes, float32 (batch, head, query): a row of weights sums to 1 minus it
-        (MODEL_SPEC 2.9).  Zeros in layers without one.
+      sink: what the sink takes, float32 (batch, head, query): a row of weights sums to 1 minus it.
+        Zeros in layers without one.
     """
 
     layer: LayerSpec

@@ -58,9 +58,12 @@ def heat_map(
     Args:
       values: [rows, columns].
       ax: where to draw.
-      x, y: what columns and rows are.
-      title, label: of the axes, and of the colours.
-      rows, columns: names of each.
+      x: what columns are.
+      y: what rows are.
+      title: of the axes.
+      label: of the colours.
+      rows: names of the rows.
+      columns: names of the columns.
       numbers: a format to write values with, such as ".2f".
       options: of `Axes.imshow`.
     """

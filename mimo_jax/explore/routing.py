@@ -35,7 +35,7 @@ class RouterStats:
       layers: indices of the layers.
       tokens: the tokens' ids.
       chosen: the experts of each token.
-      weights: what their outputs are multiplied by, in the same order (MODEL_SPEC 2.12).
+      weights: what their outputs are multiplied by, in the same order.
       counts: how many tokens each expert got.
       shares: sums of the weights that each expert got.
     """
@@ -83,7 +83,7 @@ def router_stats(lm: LanguageModel, seen: Mapping[str, NamedArray]) -> RouterSta
 
     Args:
       lm: the model.
-      seen: what `taps` gave for "router.*" and "experts.*", or for some of these layers.
+      seen: what `taps` gave for `router.*` and `experts.*`, or for some of these layers.
 
     Raises:
       ValueError: no layer has both.

@@ -21,8 +21,8 @@ class Attention(nnx.Module):
 
     The fused projection keeps the releases' chunked row order in memory: C chunks of
     [query heads | key heads | value heads].  Splitting its *output* gives heads in their natural
-    order, so no weight (and no quantisation scale) is ever permuted (MODEL_SPEC 5.2).  `kernels`
-    are the backends that it may use (`mimo_jax.model.packing`).
+    order, so no weight (and no quantisation scale) is ever permuted.  `kernels` are the
+    backends that it may use (`mimo_jax.model.packing`).
     """
 
     def __init__(

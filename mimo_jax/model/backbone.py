@@ -29,7 +29,7 @@ def release_formats(config: MiMoConfig) -> tuple[Format, Format]:
 
 
 class DecoderLayer(nnx.Module):
-    """Pre-norm attention and feed-forward, each added to the residual (MODEL_SPEC 2.2)."""
+    """Pre-norm attention and feed-forward, each added to the residual."""
 
     def __init__(self, config: MiMoConfig, layer: LayerSpec, chunks: int, make: Make):
         name = f"model.layers.{layer.index}"

@@ -53,7 +53,7 @@ def cached_attention(
       fused: the tokens' queries, keys and values as they were projected, in C chunks of rows.
       positions: increasing by one along a row, and negative for padding at its ends.
       cache: the layer's; None if the tokens are all there is.
-      sink: a logit a query head that takes part in the normaliser (MODEL_SPEC 2.9).
+      sink: a logit a query head that takes part in the normaliser.
       heads: what a chunk consists of.
       window: positions that a token sees, its own included, and the cache is a ring; None for all.
       group: mesh axes that share out the query heads of a KV head.
@@ -102,7 +102,8 @@ def store_context(
     """A ring with keys, which are rotated first, and values, which are scaled, in their slots.
 
     Args:
-      k, v: of T positions, in natural order.
+      k: keys of T positions, in natural order.
+      v: values of these.
       positions: as in `cached_attention`; those that are negative are not stored.
       cache: the ring.
       heads: how to rotate and scale.

@@ -128,7 +128,7 @@ class DFlash(nnx.Module):
     """The drafter's own parameters; embedding and head are the backbone's.
 
     `mask_embedding` is the vector that stands for masked positions.  It ships outside the
-    safetensors file, as `mask_embedding.pt` (MODEL_SPEC 4.2.5), hence its name here.
+    safetensors file, as `mask_embedding.pt`, hence its name here.
     """
 
     def __init__(self, config: DFlashConfig, make: Make):

@@ -57,7 +57,7 @@ def moe_on_mesh(
     up: Any,
     down: Any,
 ) -> Float[Array, "B T D"]:
-    """`experts.moe` of tokens and weights that may be split over a mesh; float32."""
+    """`pallas_kernels.moe.moe` of tokens and weights that may be split over a mesh; float32."""
     mesh = explicit_mesh(x)
     if mesh is None:
         return _flat_moe(x, weights, chosen, gate, up, down)

@@ -36,7 +36,8 @@ def contract(equation: str, *operands: Array, like: Array | None = None) -> Arra
     """`einsum32` on any mesh.
 
     Args:
-      equation, operands: as in jnp.einsum.
+      equation: as in jnp.einsum.
+      operands: as in jnp.einsum.
       like: on a mesh, the array whose sharding the result gets.  Needed where dimensions are
         summed that are split, and then what the devices have is summed as well.
     """
@@ -53,7 +54,7 @@ def joined_linear(
 
 
 class RMSNorm(nnx.Module):
-    """Root-mean-square norm (MODEL_SPEC 2.3) by one of `kernels` (`mimo_jax.model.packing`)."""
+    """Root-mean-square norm by one of `kernels` (`mimo_jax.model.packing`)."""
 
     def __init__(self, dim: int, eps: float, name: str, make: Make):
         self.eps = eps
@@ -67,7 +68,7 @@ class RMSNorm(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """Dense SwiGLU feed-forward, not clamped (MODEL_SPEC 2.11)."""
+    """Dense SwiGLU feed-forward, not clamped."""
 
     def __init__(self, dim: int, width: int, name: str, fmt: Format, make: Make):
         def spec(projection: str, shape: tuple[int, int], axes: tuple[str, str]) -> ParamSpec:

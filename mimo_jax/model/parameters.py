@@ -26,7 +26,7 @@ Format = Literal["plain", "fp8", "mxfp4"]
 
 @dataclasses.dataclass(frozen=True)
 class QKVRows:
-    """Rows of one chunk of a fused QKV matrix: queries, then keys, then values (MODEL_SPEC 5.2)."""
+    """Rows of one chunk of a fused QKV matrix: queries, then keys, then values."""
 
     q: int
     k: int
@@ -46,7 +46,7 @@ class ParamSpec:
       name: tensor name in a checkpoint.  `{}` stands for the expert index where the parameter
         stacks one tensor an expert in its first dimension.
       shape: logical shape, whatever the storage format.
-      axes: a logical axis name (or None) a dimension, for sharding rules (`LOGICAL_AXES`).
+      axes: a logical axis name (or None) a dimension, for `ShardingRules`.
       init: "normal" (standard deviation `std`), "zeros" or "ones".
       dtype: storage dtype of a plain parameter; None means the model's.
       format: how the release stores it.

@@ -33,10 +33,9 @@ def attention(
 ) -> Float[Array, "B T K G V"]:
     """Causal softmax attention of successive tokens over successive keys.
 
-    `reference.attention` defines it.
+    `reference.attention` defines it and has the other arguments.
 
     Args:
-      q, k, v, first_query, first_key, newest, sink, window: see there.
       kernels: backends that may be used.
 
     Raises:

@@ -43,9 +43,11 @@ def attention(
 
     Args:
       q: queries, G for each of K key/value heads.
-      k, v: keys and values.
-      first_query, first_key: the positions of each sequence's first token and first key, negative
-        ones for padding before a sequence begins.
+      k: keys.
+      v: values.
+      first_query: the position of each sequence's first token, negative for padding before a
+        sequence begins.
+      first_key: the position of its first key, likewise.
       newest: the position of the last token; later ones are padding.  Padding gets zeros.
       sink: a logit a query head that takes part in the normaliser.
       window: a token sees that many positions, its own included; None for all.

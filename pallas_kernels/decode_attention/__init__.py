@@ -31,10 +31,9 @@ def decode_attention(
 ) -> Float[Array, "B T K G V"]:
     """Softmax attention over a cache that has the tokens' own keys and values already.
 
-    `reference.decode_attention` defines it.
+    `reference.decode_attention` defines it and has the other arguments.
 
     Args:
-      q, k, v, positions, window, sink, causal: see there.
       kernels: backends that may be used.
 
     Raises:

@@ -57,7 +57,8 @@ def decode_attention(
 
     Args:
       q: queries, G for each of K key/value heads.
-      k, v: the cache's slots.
+      k: keys in the cache's slots.
+      v: values in the cache's slots.
       positions: of the tokens; negative for padding, which gets zeros.
       sink: a logit a query head that takes part in the normaliser.
       window: a token sees that many positions, its own included, and the cache is a ring; None for

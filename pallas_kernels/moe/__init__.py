@@ -45,6 +45,8 @@ def scores(
     """Sigmoid router outputs, float32; see `reference.scores`.
 
     Args:
+      x: tokens.
+      router: its weights.
       kernels: backends that may be used; the reference is used where none of them has this.
     """
     return backends.call("scores", SCORES, (*kernels, REFERENCE), (x, router), x, router)
@@ -59,7 +61,9 @@ def route(
     scale: float | None,
     kernels: Sequence[str] = (REFERENCE,),
 ) -> tuple[Float[Array, "P X"], Int[Array, "P X"]]:
-    """Mixing weights and indices of each token's experts; see `reference.route`.
+    """Mixing weights and indices of each token's experts.
+
+    `reference.route` defines it and has the other arguments.
 
     Args:
       kernels: backends that may be used; the reference is used where none of them has this.
@@ -83,9 +87,11 @@ def moe(
 
     Args:
       x: tokens.
-      weights, chosen: mixing weights and expert indices from `route`.  Indices outside of 0..E-1
-        are of experts that are elsewhere, and add nothing.
-      gate, up: expert weights [E, F, D]: dense, quantised, or packed for kernels.
+      weights: mixing weights from `route`.
+      chosen: expert indices from `route`.  Those outside of 0..E-1 are of experts that are
+        elsewhere, and add nothing.
+      gate: expert weights [E, F, D]: dense, quantised, or packed for kernels.
+      up: expert weights [E, F, D], likewise.
       down: expert weights [E, D, F].
 
     Raises:

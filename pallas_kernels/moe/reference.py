@@ -82,9 +82,11 @@ def moe(
 
     Args:
       x: tokens.
-      weights, chosen: mixing weights and expert indices from `route`.  Indices outside of 0..E-1
-        are of experts that are elsewhere, and add nothing.
-      gate, up: expert weights [E, F, D], plain or quantised.
+      weights: mixing weights from `route`.
+      chosen: expert indices from `route`.  Those outside of 0..E-1 are of experts that are
+        elsewhere, and add nothing.
+      gate: expert weights [E, F, D], plain or quantised.
+      up: expert weights [E, F, D], likewise.
       down: expert weights [E, D, F].
 
     Returns:

@@ -27,7 +27,9 @@ def rms_norm(
     """Normalises the last dimension; `reference.rms_norm` defines it.
 
     Args:
-      x, weight, eps: see there.
+      x: what is normalised.
+      weight: what the result is multiplied by.
+      eps: what is added to the mean square.
       kernels: backends that may be used; the reference is used where none of them has this.
 
     Raises:

@@ -30,10 +30,9 @@ def rotate_and_store(
 ) -> tuple[Float[Array, "B T K G H"], Float[Array, "B S K H"], Float[Array, "B S K V"]]:
     """Rotated queries of new tokens, and a cache with their keys and values in it.
 
-    `reference.rotate_and_store` defines it.
+    `reference.rotate_and_store` defines it and has the other arguments.
 
     Args:
-      fused, positions, k_cache, v_cache, heads, ring: see there.
       kernels: backends that may be used; the reference is used where none of them has this.
 
     Raises:

@@ -19,7 +19,8 @@ class Heads:
     Attributes:
       kv_heads: of a chunk of rows, which has their query heads, their keys and their values.
       group: query heads a KV head.
-      head, value: widths of queries and keys, and of values.
+      head: width of queries and keys.
+      value: width of values.
       rotary: leading dimensions of a head that are rotated.
       theta: base of the rotary frequencies.
       value_scale: what values are multiplied by, if anything.
@@ -55,7 +56,8 @@ def rotate_and_store(
       fused: the projection's result, in C chunks of rows.
       positions: increasing by one along a row, below S unless the cache is a ring; negative for
         padding, which is not stored.
-      k_cache, v_cache: the slots: position p is in slot p, of a ring in slot p modulo S.
+      k_cache: the slots of keys: position p is in slot p, of a ring in slot p modulo S.
+      v_cache: the slots of values.
       heads: what a chunk consists of.
       ring: whether the cache is one.
     """
@@ -84,7 +86,7 @@ def scaled(v: Float[Array, "*b V"], heads: Heads) -> Float[Array, "*b V"]:
 def rotary_angles(
     positions: Int[Array, "B T"], rotary_dim: int, theta: float
 ) -> tuple[Float[Array, "B T half"], Float[Array, "B T half"]]:
-    """cos and sin of position / theta^(2i / rotary_dim), float32 (MODEL_SPEC 2.6).
+    """cos and sin of position / theta^(2i / rotary_dim), float32.
 
     The exponent's denominator is the rotary width, not the head width.  Frequencies are computed
     on the host, so that no backend's pow can shift the angles of large positions.

@@ -23,7 +23,8 @@ model=${MODEL:?set MODEL to the checkpoint, in a folder that every node sees}
 # JAX would give each process the one GPU of its rank within the node.
 export JAX_LOCAL_DEVICE_IDS=0,1,2,3,4,5,6,7
 
-# The tensor axis is the inner one: its all-reduces, two a layer, stay within a node, on NVLink.
+# The tensor axis is the inner one, eight GPUs on NVLink.  Under the rules "latency" a layer's two
+# all-reduces go over both axes, and so cross the nodes.
 # Only process 0 writes to stdout; each process has its own file for what goes wrong. When one dies
 # srun kills the others at once; without this option they notice it themselves, within a minute.
 srun --kill-on-bad-exit=1 --error="mimo-jax-%j.%t.err" \
