@@ -80,6 +80,7 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
     here = page.file.src_uri
     if here.startswith("source/"):
         page.meta["search"] = {"exclude": True}
+    if here.startswith("source/") or here.endswith(".ipynb"):
         return markdown
     path = origin(here)
 
@@ -98,7 +99,8 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
         return f"[{text}]({posixpath.relpath(goal, posixpath.dirname(here))}{anchor})"
 
     def prose(line: str) -> str:
-        return INLINE_MATH.sub(lambda m: convert(m[1]), LINK.sub(link, line))
+        # In a span: Markdown would take a line that begins with <math> for HTML as a whole.
+        return INLINE_MATH.sub(lambda m: f"<span>{convert(m[1])}</span>", LINK.sub(link, line))
 
     return "\n".join(line if code else prose(line) for line, code in _lines(markdown))
 
