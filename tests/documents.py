@@ -56,7 +56,11 @@ def console(example: Example) -> str | None:
         ran = subprocess.run(
             ["bash", "-c", command],
             cwd=os.getcwd(),
-            env=os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+            env=os.environ
+            | {
+                "PYTHONUNBUFFERED": "1",
+                "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            },
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
