@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from mimo_jax.language_model import LanguageModel
 from mimo_jax.model.packing import use_kernels
 from pallas_kernels.backends import Target, resolve
 from pallas_kernels.mosaic_tpu import converts_e2m1
-from sharding.mesh import make_mesh
+from sharding.mesh import all_devices, make_mesh
 from sharding.rules import ShardingRules
 
 MTP_BLOCKS = 3  # of all releases (MODEL_SPEC 3.1)
@@ -36,7 +37,7 @@ def load(
     layers: int | None = None,
     drafters: bool = False,
     kernels: str = "auto",
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
 ) -> LanguageModel:
     """Loads a model, ready to generate.
 
@@ -63,7 +64,8 @@ def load(
         "mosaic_tpu" on TPUs, plain XLA elsewhere and for what they can't do), one of these names
         for that alone, or "reference" for plain XLA.  Quantised weights are repacked for them,
         exactly.
-      progress: called while weights are read, with the bytes read so far and in all.
+      progress: True for a bar, at a terminal and in a notebook (with ipywidgets); or what is called
+        while weights are read, with the bytes read so far and in all.
 
     Raises:
       FileNotFoundError: nothing has that name; the message names what is close.
@@ -73,10 +75,11 @@ def load(
       MeshError: there is no such mesh.
       ShardingError: there are no such rules, or the mesh does not divide the model.
       NotEnoughMemoryError: the weights would not fit; nothing has been allocated.
+      NoDevicesError: jax finds no devices of the platforms that JAX_PLATFORMS names.
       BackendError: there are no such kernels, or they don't run here or with these weights.
     """
     on = None if mesh is None else make_mesh(mesh)
-    device = jax.devices()[0] if on is None else on.devices.flat[0]
+    device = all_devices()[0] if on is None else on.devices.flat[0]
     target = Target.of(device)
     backends = resolve(kernels, target)
     if random_weights is None:
@@ -86,15 +89,16 @@ def load(
             )
         folder = checkpoint.resolve(name_or_path)
         enable_compilation_cache()
-        loaded = checkpoint.load(
-            folder,
-            dtype=dtype,
-            dequantize=dequantize,
-            qkv=qkv,
-            mesh=on,
-            rules=rules,
-            progress=progress,
-        )
+        with _calls(progress, f"loading {name_or_path}") as call:
+            loaded = checkpoint.load(
+                folder,
+                dtype=dtype,
+                dequantize=dequantize,
+                qkv=qkv,
+                mesh=on,
+                rules=rules,
+                progress=call,
+            )
         return _packed(loaded, backends, target)
     if dequantize or qkv is not None:
         raise ValueError("dequantize= and qkv= are about checkpoints; random_weights= reads none")
@@ -113,6 +117,15 @@ def load(
         rules=rules,
     )
     return _packed(loaded, backends, target)
+
+
+def _calls(
+    progress: Progress | bool | None, what: str
+) -> contextlib.AbstractContextManager[Progress | None]:
+    """What is called while weights are read."""
+    if progress is True:
+        return checkpoint.progress_bar(what)
+    return contextlib.nullcontext(progress or None)
 
 
 def _packed(loaded: checkpoint.Loaded, backends: Sequence[str], target: Target) -> LanguageModel:

@@ -89,7 +89,10 @@ class LanguageModel:
           ValueError: the ids are not [B, T], are outside the vocabulary, or exceed the model's
             length.
         """
-        ids = np.asarray(token_ids)
+        try:
+            ids = np.asarray(token_ids)
+        except ValueError:
+            raise ValueError("token_ids must be integers [B, T], found rows that differ") from None
         if ids.ndim != 2 or not ids.size or not np.issubdtype(ids.dtype, np.integer):
             raise ValueError(f"token_ids must be integers [B, T], found {ids.dtype} {ids.shape}")
         if ids.min() < 0 or ids.max() >= self.config.vocab_size:
@@ -139,19 +142,15 @@ class LanguageModel:
             None for all, or "adaptive".
 
         Raises:
-          TypeError: a prompt is nothing of these.
+          TypeError: a prompt is nothing of these, or params are no SamplingParams.
           ValueError: a prompt is empty, malformed, or too long for the model or for max_len,
             batch_size is not positive, or the checkpoint has no such drafter.
         """
         decoder = self.decoder_for(speculative, draft_width)
-        if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}; at least one completion must fit")
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size!r}; at least one completion must fit")
         listed = list(_listed(prompts))
-        if params is None:
-            params = SamplingParams(temperature=0.0)
-        each = [params] * len(listed) if isinstance(params, SamplingParams) else list(params)
-        if len(each) != len(listed):
-            raise ValueError(f"{len(listed)} prompts but {len(each)} SamplingParams; give one each")
+        each = _each(params, len(listed))
         if not listed:
             return []
         ids = [self.encode(prompt) for prompt in listed]
@@ -239,14 +238,15 @@ class LanguageModel:
           draft_width: as of `generate`.
 
         Raises:
+          TypeError: the prompt is nothing of these, or params are no SamplingParams.
           ValueError: the prompt is empty, malformed or too long, params.n is not 1, or the
             checkpoint has no such drafter.
         """
-        params = SamplingParams(temperature=0.0) if params is None else params
-        if params.n != 1:
-            raise ValueError(f"stream completes a prompt once, found n={params.n}; use generate")
+        asked = _checked(params)
+        if asked.n != 1:
+            raise ValueError(f"stream completes a prompt once, found n={asked.n}; use generate")
         decoder = self.decoder_for(speculative, draft_width)
-        return Stream(self, self.encode(prompt), params, decoder)
+        return Stream(self, self.encode(prompt), asked, decoder)
 
     def decoder_for(self, speculative: Speculative = None, draft_width: Width = None) -> Decoder:
         """What `generate` decodes with; the same one for the same options.
@@ -297,7 +297,8 @@ class LanguageModel:
         """
         if self.tokenizer is not None:
             return tokenizer.encode_prompt(self.tokenizer, prompt)
-        if isinstance(prompt, str) or not all(isinstance(t, int | np.integer) for t in prompt):
+        several = isinstance(prompt, Sequence | np.ndarray) and not isinstance(prompt, str)
+        if not several or not all(isinstance(t, int | np.integer) for t in prompt):
             raise ValueError("the checkpoint has no tokenizer; give prompts as lists of token ids")
         ids = [int(t) for t in prompt]  # pyright: ignore[reportArgumentType]
         if ids and not 0 <= min(ids) <= max(ids) < self.config.vocab_size:
@@ -344,11 +345,45 @@ class Stream:
         return output_of(self._prompt, [(self._row, self._started)])
 
 
+def _checked(params: Any) -> SamplingParams:
+    """Sampling parameters, greedy ones for None.
+
+    Raises:
+      TypeError: they are something else.
+    """
+    if params is None:
+        return SamplingParams(temperature=0.0)
+    if not isinstance(params, SamplingParams):
+        raise TypeError(
+            f"{params!r} is of type {type(params).__name__}; sampling parameters are "
+            "SamplingParams, such as SamplingParams(max_tokens=64)"
+        )
+    return params
+
+
+def _each(params: Any, prompts: int) -> list[SamplingParams]:
+    """Sampling parameters of each prompt.
+
+    Raises:
+      TypeError: they are something else.
+      ValueError: there are more or fewer.
+    """
+    if isinstance(params, str) or not isinstance(params, Sequence):
+        return [_checked(params)] * prompts
+    if len(params) != prompts:
+        raise ValueError(f"{prompts} prompts but {len(params)} SamplingParams; give one each")
+    return [_checked(p) for p in params]
+
+
 def _listed(prompts: Any) -> Sequence[Prompt]:
-    """A list of prompts from one prompt or a list of them."""
+    """A list of prompts from one prompt or a list of them.
+
+    Raises:
+      TypeError: it is neither.
+    """
     if isinstance(prompts, np.ndarray):
         prompts = prompts.tolist()
-    if isinstance(prompts, str):
+    if isinstance(prompts, str | bytes) or not isinstance(prompts, Sequence):
         return [prompts]
     if prompts and isinstance(prompts[0], int | np.integer | Mapping):
         return [prompts]

@@ -25,6 +25,10 @@ REPLACEMENT = "\ufffd"
 CONTEXT_TOKENS = 8
 
 
+class TokenizerError(ValueError):
+    """A file of a checkpoint's tokenizer or of its generation's defaults is damaged."""
+
+
 def load_tokenizer(folder: str | Path) -> Tokenizer:
     """The tokenizer of a checkpoint folder, from its tokenizer.json.
 
@@ -34,7 +38,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
 
     Raises:
       FileNotFoundError: the folder has no tokenizer.json.
-      ValueError: a tokenizer file is damaged.
+      TokenizerError: a tokenizer file is damaged.
     """
     folder = Path(folder)
     if not (folder / "tokenizer.json").is_file():
@@ -49,7 +53,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
             str(folder), local_files_only=True, trust_remote_code=False
         )
     except Exception as error:  # the tokenizers library raises bare Exceptions
-        raise ValueError(
+        raise TokenizerError(
             f"the tokenizer files in {folder} can't be read ({error}); download them again"
         ) from error
 
@@ -81,7 +85,7 @@ def eos_ids(folder: str | Path, config: MiMoConfig, tokenizer: Tokenizer | None)
     configuration and in the tokenizer (if there is one): the releases list only some in each.
 
     Raises:
-      ValueError: generation_config.json is damaged.
+      TokenizerError: generation_config.json is damaged.
     """
     ids = set(config.eos_token_id)
     if tokenizer is not None and isinstance(tokenizer.eos_token_id, int):
@@ -91,10 +95,10 @@ def eos_ids(folder: str | Path, config: MiMoConfig, tokenizer: Tokenizer | None)
         try:
             listed = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
         except (ValueError, AttributeError) as error:
-            raise ValueError(f"{path} is not a JSON object: {error}") from error
+            raise TokenizerError(f"{path} is not a JSON object: {error}") from error
         listed = listed if isinstance(listed, list) else [] if listed is None else [listed]
         if not all(_is_integer(i) and i >= 0 for i in listed):
-            raise ValueError(
+            raise TokenizerError(
                 f"{path} has eos_token_id {listed}; expected a token id or a list of them"
             )
         ids.update(listed)

@@ -27,6 +27,10 @@ class BackendError(ValueError):
     """A backend was asked for that there isn't, or that the device can't run."""
 
 
+class UnsupportedError(BackendError, NotImplementedError):
+    """None of the backends that were asked for can do a case."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Target:
     """A device, as far as kernels care.
@@ -137,12 +141,12 @@ def call(
     """Calls what `choose` chooses.
 
     Raises:
-      NotImplementedError: nothing that is allowed can do the case; with the reasons.
+      UnsupportedError: nothing that is allowed can do the case; with the reasons.
     """
     chosen, refused = choose(implementations, allowed, *case)
     if chosen is None:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in refused if name in allowed)
-        raise NotImplementedError(
+        raise UnsupportedError(
             f"{operation} with kernels={'/'.join(allowed)} can't do this ({reasons}): load the "
             "model with kernels='auto'"
         )

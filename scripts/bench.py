@@ -39,6 +39,7 @@ from rich.table import Table
 from transformers_beside import Transformers, transformers_beside
 
 import mimo_jax as mj
+from mimo_jax.cli.console import run_program
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -228,6 +229,22 @@ def with_speed_ups(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return list(runs)
 
 
+def read_result(file: Path) -> dict[str, Any]:
+    """A result that this program wrote.
+
+    Raises:
+      OSError: it can't be read.
+      ValueError: it is something else.
+    """
+    try:
+        result = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON ({error}); give a file of results") from None
+    if not isinstance(result, dict) or result.get("benchmark") not in ("decode", "kernels"):
+        raise ValueError(f"{file} has no results of this program's decode or kernels; give one")
+    return result
+
+
 def show(result: dict[str, Any]) -> None:
     """Prints a result as a table."""
     table = Table(title=f"{result['benchmark']}: {result['arguments']['model']}, {result['cpu']}")
@@ -288,7 +305,7 @@ def main() -> None:
     sub.add_argument("file", type=Path)
     args = parser.parse_args()
     if args.run == "show":
-        result = json.loads(args.file.read_text())
+        result = read_result(args.file)
     elif args.run == "kernels":
         device = jax.devices()[0].device_kind.lower().replace(" ", "_")
         out = args.out or RESULTS / f"kernels_{device}.json"
@@ -300,4 +317,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

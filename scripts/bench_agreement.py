@@ -24,6 +24,7 @@ from circumstances import circumstances, write_result
 from train_drafter import read_stream, windows
 
 import mimo_jax as mj
+from mimo_jax.cli.console import run_program
 from mimo_jax.decoding.speculative import SpeculativeDecoder
 
 
@@ -105,4 +106,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

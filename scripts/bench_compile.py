@@ -21,6 +21,7 @@ from typing import Any
 import jax
 from circumstances import circumstances, write_result
 
+from mimo_jax.cli.console import run_program
 from mimo_jax.config import MiMoConfig
 from mimo_jax.decoding.autoregressive import Decoder
 from mimo_jax.model.packing import abstract_packed
@@ -55,7 +56,9 @@ def measure(args: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         for name in ("cold", "cached"):
             command = [sys.executable, __file__, *argv, "--cache", folder]
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+            if done.returncode:
+                sys.exit(done.returncode)  # it has said why
             result[name] = json.loads(done.stdout)
         result["cache_bytes"] = sum(p.stat().st_size for p in Path(folder).rglob("*"))
     return result | circumstances(args)
@@ -84,4 +87,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

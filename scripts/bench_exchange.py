@@ -24,6 +24,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float
 
 import mimo_jax as mj
+from mimo_jax.cli.console import run_program
 from sharding import collectives
 from sharding.mesh import make_mesh, use
 from sharding.rules import PRESETS
@@ -127,4 +128,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -57,6 +57,7 @@ from mimo_jax.checkpoint.safetensors_file import (
     write_file,
 )
 from mimo_jax.checkpoint.streaming import PIECE, scratch, threads
+from mimo_jax.cli.console import run_program
 from mimo_jax.config import MiMoConfig
 from mimo_jax.model.parameters import parameters
 from sharding.mesh import make_mesh
@@ -331,4 +332,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -22,6 +22,7 @@ import numpy as np
 from circumstances import circumstances, write_result
 
 import mimo_jax as mj
+from mimo_jax.cli.console import run_program
 from mimo_jax.decoding.autoregressive import STEPS
 from mimo_jax.engine.metrics import CompileClock
 from mimo_jax.model.cache import init_cache
@@ -157,4 +158,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -33,6 +33,7 @@ from transformers_beside import Transformers, native_config
 
 import mimo_jax as mj
 from mimo_jax import checkpoint
+from mimo_jax.cli.console import run_program
 from mimo_jax.config import MiMoConfig
 from mimo_jax.decoding.autoregressive import STEPS
 from mimo_jax.engine.metrics import CompileClock
@@ -189,4 +190,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

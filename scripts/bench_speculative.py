@@ -23,6 +23,7 @@ from bench_model import DISPATCHES, prompts
 from circumstances import circumstances, write_result
 
 import mimo_jax as mj
+from mimo_jax.cli.console import run_program
 from mimo_jax.decoding.autoregressive import STEPS
 from mimo_jax.decoding.speculative import SpeculativeDecoder
 
@@ -87,4 +88,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -14,6 +14,7 @@ import argparse
 import dataclasses
 import hashlib
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -32,6 +33,10 @@ NEEDED = ("programs", "arguments", "results", "weights", "platforms", "batch", "
 
 class ArtifactError(Exception):
     """A folder can't be run here, or not with this prompt; the message says what to do."""
+
+
+class RequestError(ArtifactError):
+    """What was asked for is more than the folder can do, or nothing."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +88,7 @@ class Artifact:
           ignore_eos: go on after an end-of-sequence token.
 
         Raises:
-          ArtifactError: a prompt is empty, has unknown ids, or is too long.
+          RequestError: a prompt is empty, has unknown ids, or is too long.
         """
         lengths = self._check(prompts, tokens)
         cache = self._empty_cache(max(lengths) + tokens, cache_len)
@@ -141,17 +146,17 @@ class Artifact:
         """Lengths of prompts that can be completed by so many tokens."""
         known, most = self.manifest["model"]["valid_vocabulary"], self.manifest["cache_len"]["most"]
         if not 1 <= len(prompts) <= self.batch:
-            raise ArtifactError(f"{len(prompts)} prompts at once: this artifact has {self.batch}")
+            raise RequestError(f"{len(prompts)} prompts at once: this artifact has {self.batch}")
         if tokens < 1:
-            raise ArtifactError(f"{tokens} tokens to generate: ask for at least one")
+            raise RequestError(f"{tokens} tokens to generate: ask for at least one")
         for prompt in prompts:
             if not prompt:
-                raise ArtifactError("a prompt has no tokens: give it at least one")
+                raise RequestError("a prompt has no tokens: give it at least one")
             wrong = [token for token in prompt if not 0 <= token < known]
             if wrong:
-                raise ArtifactError(f"token id {wrong[0]} isn't one of this model's 0..{known - 1}")
+                raise RequestError(f"token id {wrong[0]} isn't one of this model's 0..{known - 1}")
             if len(prompt) + tokens > most:
-                raise ArtifactError(
+                raise RequestError(
                     f"a prompt of {len(prompt)} tokens and {tokens} more need a cache of "
                     f"{len(prompt) + tokens} positions, and this artifact's has {most} at most: "
                     "shorten the prompt, ask for fewer tokens, or export with a longer --max-len"
@@ -165,9 +170,9 @@ class Artifact:
         if symbol is None:
             length = most
             if asked not in (None, most):
-                raise ArtifactError(f"the cache of this artifact always has {most} positions")
+                raise RequestError(f"the cache of this artifact always has {most} positions")
         if not needed <= length <= most:
-            raise ArtifactError(f"the cache has to have {needed} to {most} positions, not {length}")
+            raise RequestError(f"the cache has to have {needed} to {most} positions, not {length}")
         return [
             jnp.zeros([length if d == symbol else d for d in a["shape"]], a["dtype"])
             for a in self._arguments
@@ -345,8 +350,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parsed(argv)
     try:
         run(args)
+        sys.stdout.flush()
     except ArtifactError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, RequestError) else 1
+    except jax.errors.JaxRuntimeError as error:  # such as of too little memory
+        print(f"error: {str(error).strip().splitlines()[0]}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of stdout has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return 0
 

@@ -18,6 +18,7 @@ import dataclasses
 import functools
 import json
 import time
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ from drafter_weights import (
 
 import mimo_jax as mj
 from mimo_jax.checkpoint.saving import SHARD_SIZE
+from mimo_jax.cli.console import run_program
 from mimo_jax.decoding.autoregressive import Decoder
 from mimo_jax.decoding.draft_width import by_position
 from mimo_jax.decoding.speculative import SpeculativeDecoder
@@ -86,7 +88,10 @@ def read_stream(file: Path, lm: mj.LanguageModel, longest: int) -> np.ndarray:
     Raises:
       ValueError: they are not what prompts of this model can be cut from.
     """
-    stream = np.load(file)
+    try:
+        stream = np.load(file)
+    except ValueError:  # numpy's advice would be to trust it
+        raise ValueError(f"{file} is no .npy file of numbers; expected one of token ids") from None
     if stream.ndim != 1 or not np.issubdtype(stream.dtype, np.integer) or len(stream) < longest:
         raise ValueError(
             f"{file} has {stream.dtype} {list(stream.shape)}; expected at least {longest} token "
@@ -98,6 +103,20 @@ def read_stream(file: Path, lm: mj.LanguageModel, longest: int) -> np.ndarray:
             "text with the model's own tokenizer"
         )
     return stream
+
+
+def read_continuations(file: Path) -> Continuations:
+    """What `generate` wrote.
+
+    Raises:
+      OSError: it can't be read.
+      ValueError: it is something else.
+    """
+    try:
+        with np.load(file) as arrays:
+            return Continuations(arrays["tokens"], arrays["mask"])
+    except (ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile):
+        raise ValueError(f"{file} is not what generate writes; give the --out of that") from None
 
 
 def continued(
@@ -204,8 +223,7 @@ def make_step(
 def train(args: argparse.Namespace) -> None:
     """Trains drafters on continuations and writes a checkpoint that has them."""
     lm = mj.load(args.model, kernels=args.kernels)
-    with np.load(args.continuations) as file:
-        text = Continuations(file["tokens"], file["mask"])
+    text = read_continuations(args.continuations)
     seq = min(args.seq or text.tokens.shape[1], text.tokens.shape[1])
     parts = []
     if args.what in ("mtp", "both"):
@@ -356,4 +374,4 @@ def main(arguments_given: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -37,6 +37,7 @@ from tiny_eval import (
 )
 
 from mimo_jax import checkpoint
+from mimo_jax.cli.console import run_program
 from mimo_jax.config import MiMoConfig
 from mimo_jax.model.backbone import MiMo
 from mimo_jax.model.parameters import ParamSpec, abstract, parameters
@@ -389,4 +390,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

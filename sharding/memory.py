@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +43,8 @@ def check_memory(
     if short:
         (needed, free, limit), devices = max(short.items(), key=lambda item: item[0][0])
         raise NotEnoughMemoryError(
-            f"{what} need {needed / GIB:.2f} GiB on each of {len(devices)} devices "
-            f"({devices[0].device_kind}), but {free / GIB:.2f} GiB of {limit / GIB:.2f} GiB are "
+            f"{what} need {_shown(needed)} on {_counted(devices)} "
+            f"({devices[0].device_kind}), but {_shown(free)} of {_shown(limit)} are "
             f"free there; {advice}, or free memory "
             "(XLA_PYTHON_CLIENT_MEM_FRACTION sets how much of a GPU jax may use)"
         )
@@ -52,9 +52,38 @@ def check_memory(
     free = host_memory()
     if free is not None and on_host > free:
         raise NotEnoughMemoryError(
-            f"{what} need {on_host / GIB:.2f} GiB of this host's memory, but {free / GIB:.2f} GiB "
+            f"{what} need {_shown(on_host)} of this host's memory, but {_shown(free)} "
             f"are available; {advice}, or use a machine with more memory, or devices with their own"
         )
+
+
+def lack_of_memory(error: BaseException) -> str | None:
+    """A sentence for an error of programs that ran out of memory; None for any other.
+
+    Weights and caches are asked about before they are allocated (`check_memory`); what programs
+    need besides is not known until they run.
+    """
+    if isinstance(error, MemoryError):
+        what, found = "this host", str(error)
+    elif isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
+        # XLA adds pages on what else there is.
+        what, found = "a device", str(error).strip().splitlines()[0]
+    else:
+        return None
+    said = f" ({found[:200]})" if found else ""
+    return (
+        f"{what} has too little memory for what runs beside weights and caches{said}; run fewer or "
+        "shorter prompts at a time, or split the model over more devices with a larger mesh"
+    )
+
+
+def _shown(size: int) -> str:
+    """Bytes for people; small ones so that they differ."""
+    return f"{size / GIB:.2f} GiB" if size >= GIB else f"{size / 2**20:.1f} MiB"
+
+
+def _counted(devices: Sequence[Any]) -> str:
+    return "a device" if len(devices) == 1 else f"each of {len(devices)} devices"
 
 
 def device_memory(device: Any) -> tuple[int, int] | None:

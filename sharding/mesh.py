@@ -19,6 +19,28 @@ class MeshError(ValueError):
     """A mesh that cannot be made; the message says what to ask for instead."""
 
 
+class NoDevicesError(OSError):
+    """jax finds no devices of the platforms that it is to use; an OSError, since the cause is in
+    the process's surroundings."""
+
+
+def all_devices() -> list[Any]:
+    """All devices of all processes, the default one first.
+
+    Raises:
+      NoDevicesError: there are none of the platforms that JAX_PLATFORMS names.
+    """
+    try:
+        return jax.devices()
+    except (RuntimeError, AssertionError) as error:  # it asserts that some plugin was found
+        asked = jax.config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue]
+        said = str(error).partition(" (set JAX_PLATFORMS")[0] or f"no plugin for {asked}"
+        raise NoDevicesError(
+            f"jax finds no device of the platforms {asked} ({said}); install jax's plugin for "
+            "them, or set JAX_PLATFORMS to those that are here (cpu is), or to nothing"
+        ) from error
+
+
 def parse_mesh(text: str) -> dict[str, int]:
     """Sizes by axis from text such as "expert=2,tensor=4"; axes not named have size 1.
 
@@ -55,11 +77,17 @@ def make_mesh(mesh: str | Mesh, devices: Sequence[Any] | None = None) -> Mesh:
     Raises:
       MeshError: there are fewer devices than the mesh needs, processes would be left without one,
         or a given mesh has other axes or another mode.
+      NoDevicesError: there are no devices at all.
     """
     if isinstance(mesh, Mesh):
         return _checked(mesh)
+    if not isinstance(mesh, str):
+        raise MeshError(
+            f"mesh is {mesh!r} of type {type(mesh).__name__}; give text such as "
+            '"expert=2,tensor=4", or a jax Mesh'
+        )
     sizes = parse_mesh(mesh)
-    devices = list(jax.devices() if devices is None else devices)
+    devices = list(all_devices() if devices is None else devices)
     needed = math.prod(sizes.values())
     if needed > len(devices):
         raise MeshError(

@@ -24,6 +24,8 @@ from mimo_jax import api, checkpoint
 from mimo_jax.decoding.sampling import SamplingParams
 from mimo_jax.language_model import LanguageModel
 from pallas_kernels.attention.reference import QUERY_BLOCK
+from sharding import memory
+from sharding.memory import NotEnoughMemoryError
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=20)
 SAMPLED = SamplingParams(temperature=1.0, max_tokens=20, seed=7)
@@ -216,6 +218,15 @@ def test_prompts_that_do_not_fit(small):
         small.generate([1] * 12, max_len=12)
     with pytest.raises(ValueError, match=r"512 tokens.*max_position_embeddings of 512"):
         list(small.stream([1] * 512))
+
+
+def test_a_stream_whose_cache_does_not_fit(small, monkeypatch):
+    monkeypatch.setattr(small.decoder, "_fitting", set())
+    with monkeypatch.context() as little:
+        little.setattr(memory, "host_memory", lambda: 2**15)
+        with pytest.raises(NotEnoughMemoryError, match=r"1 rows of a cache of 256 .*max_tokens"):
+            list(small.stream(PROMPTS[0], GREEDY))
+    assert list(small.stream(PROMPTS[0], GREEDY)) == []  # it has no tokenizer
 
 
 def test_as_many_parameters_as_prompts(small):

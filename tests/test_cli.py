@@ -138,7 +138,7 @@ def test_every_sampling_option_arrives(monkeypatch):
         "layers": 2,
         "drafters": True,
         "kernels": "triton",
-        "progress": None,
+        "progress": True,
     }
     assert prompt == [{"role": "user", "content": "hi"}]
     assert params == mj.SamplingParams(
@@ -333,7 +333,6 @@ def test_random_weights_read_bytes_and_print_ids():
         (["--mesh", "tensor=64"], "mesh tensor=64 needs 64 devices, but there are 8 (cpu)"),
         (["--mesh", "expert=3", "--rules", "throughput"], "expert has 32 indivisible parts"),
         (["--mesh", "tensor=2", "--rules", "fast"], "no rules are called 'fast'; there are"),
-        (["--layers", "2"], "layers= and drafters= are of models with random_weights="),
     ],
 )
 def test_meshes_that_cannot_be(args, message):

@@ -16,6 +16,7 @@ from mimo_jax.config import MiMoConfig
 from mimo_jax.tokenizer import (
     StopChecker,
     StreamDecoder,
+    TokenizerError,
     encode_prompt,
     eos_ids,
     load_tokenizer,
@@ -142,7 +143,7 @@ def test_damaged_file_is_reported(folder, tmp_path, name):
     for file in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / file).write_bytes((folder / file).read_bytes())
     (tmp_path / name).write_text('{"model": {"type": "BPE"')
-    with pytest.raises(ValueError, match="can't be read"):
+    with pytest.raises(TokenizerError, match="can't be read"):
         load_tokenizer(tmp_path)
 
 
@@ -173,7 +174,7 @@ def test_eos_ids_come_from_everywhere(tokenizer, config, tmp_path):
 @pytest.mark.parametrize("text", ["{", "[]", '{"eos_token_id": "x"}', '{"eos_token_id": [-1]}'])
 def test_damaged_generation_config_is_reported(config, tmp_path, text):
     (tmp_path / "generation_config.json").write_text(text)
-    with pytest.raises(ValueError, match=r"generation_config\.json"):
+    with pytest.raises(TokenizerError, match=r"generation_config\.json"):
         eos_ids(tmp_path, config, None)
 
 

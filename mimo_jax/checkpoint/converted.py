@@ -73,8 +73,7 @@ def convert(loaded: Loaded, folder: str | Path) -> None:
     if any(isinstance(w, Packed) for part in arrays.values() for w in part.values()):
         found, expected = "weights in the order of some kernels", 'load(..., kernels="reference")'
         raise CheckpointError(folder, [Problem("cannot be converted", found, expected)])
-    if folder.exists() and any(folder.iterdir()):
-        raise FileExistsError(f"{folder} is not empty; convert into a new folder")
+    check_target(folder)
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a conversion that was killed
     partial.mkdir(parents=True)
@@ -89,6 +88,14 @@ def convert(loaded: Loaded, folder: str | Path) -> None:
         raise
     os.replace(partial, folder)
     _sync_one(folder.parent)
+
+
+def check_target(folder: Path) -> None:
+    """Raises what `convert` would of its target, before a checkpoint is loaded."""
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{folder} is a file; convert into a new folder")
+    if folder.is_dir() and any(folder.iterdir()):
+        raise FileExistsError(f"{folder} is not empty; convert into a new folder")
 
 
 def is_converted(folder: Path) -> bool:

@@ -39,7 +39,7 @@ def detect(
     Returns:
       The layout, and what makes it impossible.
     """
-    names = store.tensors.keys()
+    names = store.names
     layout = Layout("plain", config.qkv_chunks)
     if any(n.endswith(".self_attn.sinks") for n in names):
         layout = dataclasses.replace(layout, sink_name="sinks").because(
@@ -72,9 +72,9 @@ def _qkv_names(
     layout: Layout, store: TensorStore, specs: Sequence[ParamSpec], override: QKVLayout | None
 ) -> Layout:
     """Split or fused: by the names of the tensors."""
-    qkv = [s.name for s in specs if s.qkv is not None]
-    fused = sum(name in store.tensors for name in qkv)
-    split = sum(name.replace("qkv_proj", "q_proj") in store.tensors for name in qkv)
+    qkv, names = [s.name for s in specs if s.qkv is not None], store.names
+    fused = sum(name in names for name in qkv)
+    split = sum(name.replace("qkv_proj", "q_proj") in names for name in qkv)
     if override is not None:
         return dataclasses.replace(layout, qkv=override).because(
             f"QKV: {override}, as the caller says ({fused} layers have qkv_proj, {split} q_proj)"

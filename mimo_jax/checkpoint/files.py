@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Set
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -84,6 +84,11 @@ class TensorStore:
     unavailable: set[str] = dataclasses.field(default_factory=set)
     files: list[str] = dataclasses.field(default_factory=list)
     incomplete: bool = False
+
+    @property
+    def names(self) -> Set[str]:
+        """Of all tensors that are here or that the index lists."""
+        return self.tensors.keys() | self.unavailable
 
     def path(self, name: str) -> Path | None:
         """Path of a file of this folder if it exists; an unsafe one becomes a problem."""

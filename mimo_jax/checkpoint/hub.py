@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from importlib import resources
 from pathlib import Path
@@ -38,12 +39,17 @@ def resolve(name_or_path: str | Path) -> Path:
     name = str(name_or_path)
     if isinstance(name_or_path, str) and name in bundled():
         return bundled()[name]
-    path = Path(name).expanduser()
-    if path.is_dir():
+    if not name:
+        raise ModelNotFoundError(
+            "the model's name is empty; give a bundled name, a checkpoint's folder or a hub id"
+        )
+    # Of os.path: names that no file can have are not there, and raise nothing.
+    path = Path(os.path.expanduser(name))
+    if os.path.isdir(path):
         return path
     if isinstance(name_or_path, str) and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
         return _download(name)
-    if path.exists():
+    if os.path.exists(path):
         raise ModelNotFoundError(f"{name} is a file; give the folder of the checkpoint")
     if "/" in name:
         raise ModelNotFoundError(f"the folder {name} does not exist")

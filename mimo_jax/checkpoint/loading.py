@@ -85,11 +85,13 @@ def load(
       CheckpointError: with everything that is wrong, or the reason why weights of this layout have
         to be dequantised.
       ValueError: `dtype` or `qkv` is not one of those that exist.
-      ShardingError: the mesh does not divide the model.
+      ShardingError: no rules are called so, or the mesh does not divide the model.
       NotEnoughMemoryError: the weights do not fit; nothing has been allocated.
       DistributedError: another process of the job has failed.
     """
     folder = Path(folder)
+    if isinstance(rules, str):
+        ShardingRules.preset(rules)  # or it says which there are, without a mesh too
     if dtype is not None:
         dtype = model_dtype(dtype)
     if not folder.is_dir():

@@ -1,8 +1,9 @@
-"""The progress of loading, for people at a terminal."""
+"""The progress of loading, for people at a terminal or a notebook."""
 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 from collections.abc import Iterator
 
 from rich.console import Console
@@ -20,13 +21,14 @@ from mimo_jax.checkpoint import streaming
 
 @contextlib.contextmanager
 def progress_bar(what: str) -> Iterator[streaming.Progress | None]:
-    """A bar on stderr with bytes and bytes a second; it vanishes at the end.
+    """A bar on stderr, or in a notebook, with bytes and bytes a second; it vanishes at the end.
 
     Yields:
-      What `load` calls; None where stderr is not a terminal, and then nothing is printed.
+      What `load` calls; None where nobody would see it, and then nothing is printed.
     """
     console = Console(stderr=True)
-    if not console.is_terminal:
+    widgets = console.is_jupyter and importlib.util.find_spec("ipywidgets") is not None
+    if not (console.is_terminal or widgets):
         yield None
         return
     columns = (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import math
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -115,7 +116,7 @@ def inspect(folder: str | Path, *, qkv: str | None = None) -> Report:
       ValueError: `qkv` is not an order of rows.
     """
     folder = Path(folder)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # a name that no file can have isn't one, and raises nothing
         raise FileNotFoundError(f"{folder} is not a folder; give the folder of a checkpoint")
     order = qkv_layout(qkv)
     if is_converted(folder):

@@ -180,7 +180,7 @@ def _survey_backbone(
         config = dataclasses.replace(config, dtype=stored or config.dtype)
         reasons.append(f"dtype: {config.dtype}, the embedding's; config.json does not say")
     if mtp:
-        numbers = [int(m[1]) for m in map(MTP_BLOCK.match, _names(store)) if m]
+        numbers = [int(m[1]) for m in map(MTP_BLOCK.match, store.names) if m]
         found.mtp_blocks = max(numbers, default=-1) + 1
         said = config.num_nextn_predict_layers
         reasons.append(
@@ -198,10 +198,6 @@ def _survey_backbone(
         found.wanted |= wanted_tensors(spec, layout, fmt, plain)
     found.problems += compare(store, found.wanted, found.skipped)
     found.config = with_formats(config, layout)
-
-
-def _names(store: TensorStore) -> set[str]:
-    return store.tensors.keys() | store.unavailable
 
 
 def _survey_drafter(found: Survey, *, any_float: bool) -> None:

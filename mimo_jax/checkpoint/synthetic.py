@@ -48,9 +48,11 @@ def random_weights(
 
     Raises:
       ValueError: `dtype` is not one of those that exist.
-      ShardingError: the mesh does not divide the model.
+      ShardingError: no rules are called so, or the mesh does not divide the model.
       NotEnoughMemoryError: the weights would not fit; nothing has been allocated.
     """
+    if isinstance(rules, str):
+        ShardingRules.preset(rules)  # or it says which there are, without a mesh too
     if dtype is not None:
         config = dataclasses.replace(config, dtype=model_dtype(dtype))
 

@@ -84,6 +84,7 @@ def batch(
         err = Console(stderr=True, highlight=False, markup=False, soft_wrap=True, quiet=not writes)
         from mimo_jax import checkpoint
         from mimo_jax.cli.run_batch import Run, Settings, pending, print_summary, run_batch
+        from mimo_jax.engine.durable import check_writable
         from mimo_jax.engine.manifest import ensure_manifest, hash_checkpoint, make_manifest
         from mimo_jax.engine.requests import Shard, read_requests
         from mimo_jax.engine.results import Results
@@ -91,9 +92,11 @@ def batch(
         mimo_jax.SamplingParams.from_dict(defaults)
         decoding: dict[str, Any] = {
             "speculative": speculative,
-            "draft_width": options.draft_width(draft_width),
+            "draft_width": options.draft_width(draft_width, speculative is not None),
         }
         part = None if shard is None else Shard.parse(shard)
+        if profile is not None and writes:
+            check_writable(profile, folder=True)
         source = read_requests(in_path, defaults, seed, part)
         placed: dict[str, Any] = {"mesh": mesh, "rules": rules, "kernels": kernels, "dtype": dtype}
         manifest = make_manifest(
@@ -110,6 +113,7 @@ def batch(
         jobs.require_agreement("the run", repr(manifest))
         results = None
         if writes:
+            stack.enter_context(_nothing_left_of_an_error(out_path))
             results = stack.enter_context(Results(out_path))
             for override in ensure_manifest(out_path, manifest, len(results) > 0, force):
                 err.print(f"--force: {override}")
@@ -128,7 +132,7 @@ def batch(
         run = Run()
         with _interruptible(results, err):
             if pending(source.requests, results):
-                lm = mimo_jax.load(model, **placed)
+                lm = mimo_jax.load(model, progress=writes, **placed)
                 run = run_batch(lm, source.requests, results, settings, err)
         if run.interrupted:
             _say_what_is_safe(results, err)
@@ -141,7 +145,7 @@ def batch(
 
 
 def merge(
-    parts: Annotated[list[Path], typer.Argument(metavar="PARTS...", help="Results of all shards.")],
+    parts: Annotated[list[Path], typer.Argument(metavar="PARTS", help="Results of all shards.")],
     out: Annotated[Path, typer.Option(help="The file to write.")],
 ) -> None:
     """Merge the results of `batch --shard` into one file, in the order of the input."""
@@ -156,6 +160,22 @@ def _say_what_is_safe(results: Any, err: Console) -> None:
         err.print(
             f"interrupted: {len(results)} lines are safe in {results.path}; run it again to go on"
         )
+
+
+@contextlib.contextmanager
+def _nothing_left_of_an_error(out_path: Path) -> Iterator[None]:
+    """Removes the files of a run that ends with an error before its first line, if they are new."""
+    from mimo_jax.engine.manifest import manifest_path
+
+    files = [path for path in (out_path, manifest_path(out_path)) if not path.exists()]
+    try:
+        yield
+    except (ValueError, OSError, RuntimeError) as error:
+        empty = out_path.is_file() and not out_path.stat().st_size
+        for path in files if empty and not isinstance(error, typer.Exit) else ():
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+        raise
 
 
 @contextlib.contextmanager

@@ -66,13 +66,19 @@ def bench(
     err = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
     with readable_errors():
         from mimo_jax.cli import bench_report
+        from mimo_jax.engine.durable import check_writable
         from mimo_jax.engine.workload import Lengths, Workload
 
+        how: dict[str, Any] = {
+            "speculative": speculative,
+            "draft_width": options.draft_width(draft_width, speculative is not None),
+        }
+        options.layers_of(layers, random_weights)
         if plot is not None:
             bench_report.check_plot(plot)
         for path in (out, plot):
             if path is not None:
-                path.parent.mkdir(parents=True, exist_ok=True)
+                check_writable(path)
         lengths = Lengths.parse(prompt_len), Lengths.parse(output_len)
         workloads = {
             n: Workload(*lengths, requests or max(32, 2 * n), rate, seed)
@@ -81,18 +87,17 @@ def bench(
         config = _config(model, random_weights is not None)
         for workload in workloads.values():
             workload.check(config.max_position_embeddings)
-        how: dict[str, Any] = {
-            "speculative": speculative,
-            "draft_width": options.draft_width(draft_width),
-        }
         placed = {"mesh": mesh, "rules": rules, "kernels": kernels, "dtype": dtype}
         made_up = {
             "random_weights": random_weights,
             "layers": layers,
             "drafters": random_weights is not None and speculative is not None,
         }
-        lm = mimo_jax.load(model, **placed, **made_up)
+        lm = mimo_jax.load(model, progress=True, **placed, **made_up)
         lm.decoder_for(**how)  # refuses what the checkpoint has not, before anything runs
+        for path in (out, plot):
+            if path is not None:
+                path.parent.mkdir(parents=True, exist_ok=True)
         given = {**placed, **made_up, **how, "requests": requests}
         result = describe(lm, model, given, workloads)
         interrupted = False

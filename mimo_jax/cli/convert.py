@@ -6,14 +6,17 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
 from mimo_jax.cli import options
-from mimo_jax.cli.console import readable_errors
+from mimo_jax.cli.console import printable, readable_errors
 
 
 def convert(
-    checkpoint: Annotated[str, typer.Argument(help="Bundled name, folder or hub id.")],
-    out: Annotated[Path, typer.Argument(help="A new folder.")],
+    checkpoint: Annotated[
+        str, typer.Argument(metavar="CHECKPOINT", help="Bundled name, folder or hub id.")
+    ],
+    out: Annotated[Path, typer.Argument(metavar="FOLDER", help="A new folder.")],
     mesh: options.Mesh = None,
     rules: options.Rules = "latency",
     dtype: options.Dtype = None,
@@ -26,9 +29,14 @@ def convert(
     """
     with readable_errors():
         from mimo_jax import checkpoint as checkpoints
+        from mimo_jax.checkpoint.converted import check_target
         from mimo_jax.checkpoint.progress import progress_bar
-        from sharding.mesh import make_mesh
+        from mimo_jax.engine.durable import check_writable
+        from sharding.mesh import all_devices, make_mesh
 
+        check_target(out)
+        check_writable(out, folder=True)
+        all_devices()  # or it says why there are none
         with progress_bar(f"loading {checkpoint}") as progress:
             loaded = checkpoints.load(
                 checkpoints.resolve(checkpoint),
@@ -39,5 +47,6 @@ def convert(
                 rules=rules,
                 progress=progress,
             )
-        checkpoints.convert(loaded, out)
+        with Console(stderr=True).status(f"writing {printable(str(out))}"):
+            checkpoints.convert(loaded, out)
         print(f"{out} is complete; load it by that name")

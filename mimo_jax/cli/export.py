@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
 from mimo_jax.cli import options
 from mimo_jax.cli.console import readable_errors
 
 
 def export(
-    model: Annotated[str, typer.Argument(help="Bundled name, folder or hub id.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Bundled name, folder or hub id.")],
     out: Annotated[Path, typer.Argument(help="A new folder.", metavar="FOLDER")],
     platforms: Annotated[
         str, typer.Option(help="What the programs run on, of these.")
@@ -32,24 +33,25 @@ def export(
     """
     with readable_errors():
         import mimo_jax
-        from mimo_jax.checkpoint.progress import progress_bar
+        from mimo_jax.engine.durable import check_writable
         from mimo_jax.portability.artifact import check_target, export_model
 
         names = [name.strip() for name in platforms.split(",") if name.strip()]
         check_target(out, names)
-        with progress_bar(f"loading {model}") as progress:
-            lm = mimo_jax.load(
-                model, dtype=dtype, dequantize=dequantize, kernels="reference", progress=progress
-            )
-        manifest = export_model(
-            lm,
-            out,
-            name=Path(model).resolve().name,
-            platforms=names,
-            batch=batch,
-            max_len=max_len,
-            prompt_len=prompt_len,
+        check_writable(out, folder=True)
+        lm = mimo_jax.load(
+            model, dtype=dtype, dequantize=dequantize, kernels="reference", progress=True
         )
+        with Console(stderr=True).status(f"lowering for {', '.join(names)}"):
+            manifest = export_model(
+                lm,
+                out,
+                name=Path(model).resolve().name,
+                platforms=names,
+                batch=batch,
+                max_len=max_len,
+                prompt_len=prompt_len,
+            )
         sizes = [manifest["weights"], *manifest["programs"].values()]
         for file in sizes:
             print(f"{file['bytes'] / 1e6:8.2f} MB  {file['file']}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
 import time
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,7 +18,7 @@ from sharding import distributed as jobs
 if TYPE_CHECKING:
     from mimo_jax.decoding.outputs import GenerationOutput
     from mimo_jax.engine.metrics import CompileClock
-    from mimo_jax.language_model import LanguageModel, Stream
+    from mimo_jax.language_model import Stream
 
 
 def generate(
@@ -70,15 +69,17 @@ def generate(
             "stop": stop,
         }
         params = mimo_jax.SamplingParams.from_dict(fields)
-        text = sys.stdin.read() if prompt == "-" else prompt
+        width = options.draft_width(draft_width, speculative is not None or compare_speculative)
+        options.layers_of(layers, random_weights)
+        text = _from_stdin() if prompt == "-" else prompt
         jobs.require_agreement("the command", repr((model, params, text)))
         from mimo_jax.engine.metrics import CompileClock
 
         err = Console(stderr=True, highlight=False, markup=False, soft_wrap=True, quiet=quiet)
         with CompileClock() as clock:
-            lm = _load(
+            lm = mimo_jax.load(
                 model,
-                quiet,
+                progress=not quiet,
                 dtype=dtype,
                 dequantize=dequantize,
                 qkv=qkv,
@@ -93,9 +94,10 @@ def generate(
             loading = clock.seconds()
             started = time.perf_counter()
             messages = [{"role": "user", "content": text}] if chat else text
-            as_bytes = lm.tokenizer is None and not chat
+            as_bytes = lm.tokenizer is None
+            if as_bytes and chat:
+                raise ValueError(f"{model} has no tokenizer, which --chat needs; leave it out")
             given = list(text.encode()) if as_bytes else messages
-            width = options.draft_width(draft_width)
             if compare_speculative:
                 compare(lm, lm.encode(given), params, width, err, quiet)
                 return
@@ -112,12 +114,16 @@ def generate(
         raise typer.Exit(INTERRUPTED)
 
 
-def _load(model: str, quiet: bool, **how: Any) -> LanguageModel:
-    """The model, with a progress bar on a terminal."""
-    from mimo_jax.checkpoint.progress import progress_bar
-
-    with contextlib.nullcontext() if quiet else progress_bar(f"loading {model}") as progress:
-        return mimo_jax.load(model, progress=progress, **how)
+def _from_stdin() -> str:
+    if sys.stdin is None:
+        raise OSError("there is no stdin to read the prompt from; give it one, or --prompt TEXT")
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"byte {error.start + 1} of the prompt on stdin is {error.object[error.start]:#04x}, "
+            f"which is not {error.encoding} ({error.reason}); give text in that encoding"
+        ) from None
 
 
 def _write(stream: Stream, out: Console, before_first: Any, prompt: str) -> bool:

@@ -8,7 +8,7 @@ import typer
 
 Model = Annotated[str, typer.Option(help="Bundled name, folder or hub id.")]
 Dtype = Annotated[
-    Literal["bfloat16", "float16", "float32"] | None,
+    Literal["bfloat16", "float32"] | None,
     typer.Option(help="Compute type instead of the model's."),
 ]
 Dequantize = Annotated[
@@ -57,14 +57,34 @@ Distributed = Annotated[
 ]
 
 
-def draft_width(text: str | None) -> Any:
+def draft_width(text: str | None, speculative: bool) -> Any:
     """A draft width from the command line.
 
+    Args:
+      text: what was given.
+      speculative: whether something proposes tokens.
+
     Raises:
-      ValueError: it is neither a number nor "adaptive".
+      ValueError: it is neither a number nor "adaptive", or nothing proposes tokens.
     """
-    if text is None or text == "adaptive":
+    if text is None:
         return text
-    if not text.isdigit():
+    if not speculative:
+        raise ValueError(f"--draft-width {text} is of speculative decoding; give --speculative too")
+    if text == "adaptive":
+        return text
+    if not (text.isascii() and text.isdigit()):
         raise ValueError(f"--draft-width {text}: expected a number or adaptive")
     return int(text)
+
+
+def layers_of(layers: int | None, random_weights: int | None) -> None:
+    """Refuses to cut a checkpoint.
+
+    Raises:
+      ValueError: only so many layers were asked for of weights that are read.
+    """
+    if layers is not None and random_weights is None:
+        raise ValueError(
+            f"--layers {layers} is of models with made-up weights; give --random-weights too"
+        )

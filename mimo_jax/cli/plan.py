@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -27,7 +26,7 @@ def plan(
     dtype: options.Dtype = None,
     dequantize: options.Dequantize = False,
     layers: options.Layers = None,
-    mtp_blocks: Annotated[int, typer.Option(help="MTP blocks held besides.")] = 0,
+    mtp_blocks: Annotated[int, typer.Option(min=0, help="MTP blocks held besides.")] = 0,
     drafter: Annotated[
         bool, typer.Option("--drafter", help="With the model's DFlash drafter.")
     ] = False,
@@ -46,7 +45,6 @@ def plan(
         from mimo_jax.planning import make_plan
 
         place = bundled().get(model, model)
-        drafters = Path(place) / "dflash" if Path(place).is_dir() else place
         made = make_plan(
             MiMoConfig.from_pretrained(place),
             device=device,
@@ -59,7 +57,7 @@ def plan(
             quantized=not dequantize,
             layers=layers,
             mtp_blocks=mtp_blocks,
-            drafter=DFlashConfig.from_pretrained(drafters) if drafter else None,
+            drafter=DFlashConfig.from_pretrained(place) if drafter else None,
             name=model,
         )
         if as_json:

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import Console
 
-from mimo_jax.cli.console import FAILED, fail, printable, readable_errors
+from mimo_jax.cli.console import FAILED, INTERRUPTED, fail, printable, readable_errors
 
 if TYPE_CHECKING:
     from mimo_jax.portability.jobs import Job
@@ -41,7 +42,9 @@ def portability(
         bool, typer.Option(help="Look for the smallest slice of each kind that holds a model.")
     ] = True,
     workers: Annotated[int, typer.Option(min=1, help="Processes that compile at a time.")] = 1,
-    timeout: Annotated[float, typer.Option(help="Seconds after which one is given up.")] = 600.0,
+    timeout: Annotated[
+        float, typer.Option(min=1, help="Seconds after which one is given up.")
+    ] = 600.0,
     compilers: Annotated[
         Path | None,
         typer.Option(help="Folder that compilers are importable from; default: .compilers."),
@@ -64,18 +67,21 @@ def portability(
 ) -> None:
     """Try the kernels and whole steps of models on devices that need not be there.
 
-    Makes a folder with results.json, report.md and report.html.
+    Makes a folder with results.json, report.md and report.html; the first grows row by row.
     """
     with readable_errors():
         import jax
 
+        from mimo_jax.engine.durable import check_writable
         from mimo_jax.portability import report, study
         from mimo_jax.portability.compare import compare as compared
         from mimo_jax.portability.compare_text import verdict
         from mimo_jax.portability.jobs import AUTO
-        from mimo_jax.portability.results import Results
+        from mimo_jax.portability.results import FILE, Results
         from pallas_kernels.backends import NAMES, REFERENCE
 
+        if same is not None and compare is None:
+            raise ValueError(f"--same {same} is of --compare; give that too")
         if compare is not None:
             a, b = (Results.read(path) for path in compare)
             print(printable(compared(a, b, _pairs(same)).markdown()))
@@ -98,8 +104,17 @@ def portability(
             workers=workers,
             timeout=timeout,
         )
-        out.mkdir(parents=True, exist_ok=True)
-        results = study.run_study(options, " ".join(sys.argv[1:]), _say, lambda r: r.write(out))
+        check_writable(out, folder=True)
+        err = Console(stderr=True)
+        try:
+            with err.status("working: what has been tried gets a line"):
+                results = study.run_study(
+                    options, " ".join(sys.argv[1:]), _say, lambda r: r.write(out)
+                )
+        except KeyboardInterrupt:
+            there = (out / FILE).is_file()
+            kept = f"; the rows so far are in {out / FILE}" if there else ""
+            fail(f"interrupted{kept}", INTERRUPTED)
         for other in taken:
             results = other.joined(results)
         report.write_report(results, out)

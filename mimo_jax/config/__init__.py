@@ -8,10 +8,17 @@ implement instead of ignoring it.
 
 from mimo_jax.config.backbone import LayerKind, LayerSpec, MiMoConfig
 from mimo_jax.config.dflash import DFlashConfig
-from mimo_jax.config.reading import ConfigError, loads_lenient, nearest_names, presets
+from mimo_jax.config.reading import (
+    ConfigError,
+    ConfigNotFoundError,
+    loads_lenient,
+    nearest_names,
+    presets,
+)
 
 __all__ = [
     "ConfigError",
+    "ConfigNotFoundError",
     "DFlashConfig",
     "LayerKind",
     "LayerSpec",

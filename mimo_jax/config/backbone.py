@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from mimo_jax.config.reading import ConfigError, read_named, with_floats
+from mimo_jax.config.reading import ConfigError, read_named, refuse_types, with_floats
 from mimo_jax.config.translate import (
     from_transformers,
     is_transformers_native,
@@ -106,8 +106,10 @@ class MiMoConfig:
         """Builds a config from the contents of a config.json, with the vendor's defaults.
 
         Raises:
-          ConfigError: a required key is missing, or a value is one mimo-jax does not implement.
+          ConfigError: a required key is missing, or a value is of the wrong type or one mimo-jax
+            does not implement.
         """
+        refuse_types(cls, raw, objects=_OBJECTS, alone=("moe_layer_freq", "eos_token_id"))
         d = from_transformers(raw) if is_transformers_native(raw) else dict(raw)
         refuse_unsupported(d)
         for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
@@ -122,7 +124,7 @@ class MiMoConfig:
         for key in ("rope_theta", "partial_rotary_factor"):
             if rope.get(key) is not None:
                 d[key] = rope[key]
-        head_dim = default("head_dim", int(d["hidden_size"]) // heads)
+        head_dim = default("head_dim", int(d["hidden_size"]) // max(1, heads))
         swa_head_dim = default("swa_head_dim", head_dim)
         kv_heads = default("num_key_value_heads", heads)
         rope_theta = default("rope_theta", 10_000.0)
@@ -150,6 +152,7 @@ class MiMoConfig:
             "quantization_config": _to_json(d.get("quantization_config")),
             "extra": _to_json({k: v for k, v in d.items() if k not in known and v is not None}),
         }
+        refuse_types(cls, values)  # those that came under other names too
         try:
             config = cls(**with_floats(cls, values))
         except TypeError as error:
@@ -162,7 +165,8 @@ class MiMoConfig:
         """Reads a preset by name, a config.json, or the config.json in a checkpoint folder.
 
         Raises:
-          ConfigError: nothing is there under that name, or the file is not a usable config.
+          ConfigNotFoundError: nothing is there under that name.
+          ConfigError: the file is not a usable config.
         """
         return cls.from_dict(read_named(name_or_path, suffix=""))
 
@@ -185,10 +189,10 @@ class MiMoConfig:
         """The config of a model that has only the first so many layers.
 
         Raises:
-          ConfigError: there are not so many.
+          ValueError: there are not so many.
         """
         if not 0 < layers <= self.num_hidden_layers:
-            raise ConfigError(
+            raise ValueError(
                 f"{layers} layers were asked for; the model has {self.num_hidden_layers}, give "
                 "a number from 1 to that"
             )
@@ -295,6 +299,9 @@ _READ_OR_DEAD = {
     "torch_dtype",
 }
 
+
+# Keys with JSON objects.
+_OBJECTS = ("quantization_config", "rope_scaling", "rope_parameters")
 
 # Numbers that every model needs to be positive.
 _SIZES = (

@@ -8,7 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mimo_jax.config.reading import ConfigError, read_named, refuse, with_floats
+from mimo_jax.config.reading import (
+    ConfigError,
+    read_named,
+    refuse,
+    refuse_types,
+    with_floats,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,9 +53,11 @@ class DFlashConfig:
         """Builds a config from the contents of a dflash/config.json.
 
         Raises:
-          ConfigError: a key is missing or asks for something not implemented.
+          ConfigError: a key is missing, of the wrong type or asks for something not implemented.
         """
+        refuse_types(cls, raw, objects=("dflash_config",))
         inner = dict(raw.get("dflash_config") or {})
+        refuse_types(cls, inner)
         d = {**raw, **inner}
         d.setdefault("v_head_dim", d.get("head_dim"))
         d["dtype"] = d.get("dtype") or d.get("torch_dtype") or "bfloat16"
@@ -87,7 +95,12 @@ class DFlashConfig:
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path) -> DFlashConfig:
-        """Reads a preset by name, a config.json, or `dflash/config.json` in a checkpoint folder."""
+        """Reads a preset by name, a config.json, or `dflash/config.json` in a checkpoint folder.
+
+        Raises:
+          ConfigNotFoundError: nothing is there under that name.
+          ConfigError: the file is not a usable config.
+        """
         return cls.from_dict(read_named(name_or_path, suffix=".dflash"))
 
     def to_dict(self) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
@@ -14,6 +15,10 @@ from typing import Any
 
 class ConfigError(ValueError):
     """A config.json is broken, incomplete, or asks for something mimo-jax does not implement."""
+
+
+class ConfigNotFoundError(ConfigError, FileNotFoundError):
+    """There is no configuration of that name; the message names what is close."""
 
 
 def presets() -> tuple[str, ...]:
@@ -40,6 +45,8 @@ def loads_lenient(text: str) -> Any:
         return json.loads(text)
     except json.JSONDecodeError:
         pass
+    except RecursionError:
+        raise ConfigError("not valid JSON: it is nested too deeply") from None
     strings_or_commas = re.compile(r'("(?:[^"\\]|\\.)*")|,(\s*[}\]])')
     try:
         return json.loads(strings_or_commas.sub(lambda m: m[1] or m[2], text))
@@ -61,21 +68,69 @@ def refuse(d: Mapping[str, Any], what: str, **allowed: tuple[Any, ...]) -> None:
             )
 
 
+# What JSON has to have for a field of these types; lists become tuples.
+_TYPES: dict[str, tuple[type | tuple[type, ...], str]] = {
+    "int": (int, "a whole number"),
+    "float": ((int, float), "a number"),
+    "bool": (bool, "true or false"),
+    "str": (str, "a string"),
+}
+
+
+def refuse_types(
+    cls: type,
+    d: Mapping[str, Any],
+    *,
+    objects: Sequence[str] = (),
+    alone: Sequence[str] = (),
+) -> None:
+    """Refuses values of `d` of other types than the fields of a configuration have.
+
+    Args:
+      cls: the configuration.
+      d: from JSON, or as the configuration has it; null is of any type.
+      objects: keys whose values are JSON objects.
+      alone: fields with lists of numbers that may be one number instead.
+
+    Raises:
+      ConfigError: names the key, the value and what was expected.
+    """
+    kinds = {f.name: str(f.type).removesuffix(" | None") for f in dataclasses.fields(cls)}
+    for key, value in d.items():
+        kind = kinds.get(key, "")
+        if key in objects:
+            right, expected = isinstance(value, Mapping), "an object"
+        elif item := re.fullmatch(r"tuple\[(\w+), \.\.\.\]", kind):
+            accepted, _ = _TYPES[item[1]]
+            items = [value] if key in alone and isinstance(value, accepted) else value
+            right = isinstance(items, list | tuple) and all(isinstance(i, accepted) for i in items)
+            expected = f"a list of {'numbers' if item[1] == 'int' else 'strings'}"
+        elif kind in _TYPES:
+            accepted, expected = _TYPES[kind]
+            right = isinstance(value, accepted) and isinstance(value, bool) == (kind == "bool")
+        else:
+            continue
+        if value is not None and not right:
+            raise ConfigError(f"{key} is {json.dumps(value)[:60]}; it must be {expected}")
+
+
 def read_named(name_or_path: str | Path, *, suffix: str) -> dict[str, Any]:
     """The JSON behind a path or preset name; `suffix` tells backbone from drafter presets.
 
     Raises:
-      ConfigError: nothing is there under that name, or it is not JSON.
+      ConfigNotFoundError: nothing is there under that name.
+      ConfigError: it is not a JSON object, or the folder has none.
     """
-    path = Path(name_or_path)
-    if path.is_dir():
+    # Of os.path: names that no file can have are not there, and raise nothing.
+    path = Path(os.path.expanduser(name_or_path))
+    if name_or_path != "" and os.path.isdir(path):
         path = path / "dflash" / "config.json" if suffix else path / "config.json"
         if not path.is_file():
             raise ConfigError(f"{path} does not exist; is {path.parent} a checkpoint folder?")
-    if path.is_file():
+    if os.path.isfile(path):
         try:
             raw = loads_lenient(path.read_text(encoding="utf-8"))
-        except ConfigError as error:
+        except (ConfigError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path}: {error}") from error
         if not isinstance(raw, dict):
             raise ConfigError(f"{path}: a JSON object was expected, found a {type(raw).__name__}")
@@ -87,7 +142,11 @@ def read_named(name_or_path: str | Path, *, suffix: str) -> dict[str, Any]:
     wanted = str(name_or_path).removeprefix("XiaomiMiMo/").lower()
     if wanted in by_lower:
         return loads_lenient(by_lower[wanted].read_text(encoding="utf-8"))
-    raise ConfigError(
+    if suffix and wanted in (name.lower() for name in presets()):
+        raise ConfigNotFoundError(
+            f"{name_or_path} has no drafter; those of {', '.join(sorted(known))} do"
+        )
+    raise ConfigNotFoundError(
         f"no preset, config.json or checkpoint folder called {str(name_or_path)!r}; "
         + nearest_names(wanted, sorted(known))
     )

@@ -19,6 +19,9 @@ def from_transformers(raw: Mapping[str, Any]) -> dict[str, Any]:
     That class has twice as many key/value heads in sliding layers and always a sink there, and its
     `sliding_window` counts the query itself.
     """
+    for key in ("layer_types", "mlp_layer_types"):
+        if not isinstance(raw.get(key) or [], list):
+            raise ConfigError(f"{key}={raw[key]!r} must be a list of names, one a layer")
     for key in ("num_key_value_heads", "v_head_dim"):
         if raw.get(key) is None:
             raise ConfigError(
@@ -98,6 +101,8 @@ def layer_pattern(d: Mapping[str, Any], n_layers: int) -> tuple[int, ...]:
     period = d.get("hybrid_block_size")
     if not period:
         return (0,) * n_layers
+    if not isinstance(period, int) or period < 1:
+        raise ConfigError(f"hybrid_block_size={period!r} must be a positive number of layers")
     return tuple(int((i + 1) % period != 0) for i in range(n_layers))
 
 

@@ -83,6 +83,7 @@ class Decoder:
         self.config = model.config
         self.valid_vocabulary = valid_vocabulary
         self.eos_ids = tuple(eos_ids)
+        self._fitting: set[tuple[int, int]] = set()  # rows and lengths of caches, asked about once
         self._leaves, self._treedef = jax.tree.flatten(self._modules(model), is_leaf=_is_quantized)
         self.ways = 1 if placement is None else placement.batch_ways
         self._ran: set[tuple[Any, ...]] = set()
@@ -188,6 +189,7 @@ class Decoder:
 
         Raises:
           ValueError: a prompt is empty, or longer than the model or the cache allows.
+          NotEnoughMemoryError: the cache would not fit; it has not been allocated.
         """
         stopped = set() if stopped is None else stopped
         real = len(prompts)
@@ -265,6 +267,9 @@ class Decoder:
         )
         tokens, positions, row_params, ignore_eos, remaining = given
         self.begin(rows)
+        if (rows, cache_len) not in self._fitting:
+            self.check_memory(rows, cache_len)
+            self._fitting.add((rows, cache_len))
         held = self.empty(rows, cache_len)
         with self.on_mesh():
             leaves = self.weights()
@@ -324,7 +329,8 @@ class Decoder:
         check_memory(
             dict.fromkeys(devices, one * -(-rows // self.ways)),
             f"{rows} rows of a cache of {max_len} positions",
-            "decode fewer completions together (batch_size), make the cache shorter (max_len)",
+            "decode fewer completions together (batch_size), make the cache shorter (max_len, "
+            "max_tokens)",
         )
 
     def check_lengths(self, prompts: Sequence[Sequence[int]], max_len: int | None) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,31 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def check_writable(path: Path, *, folder: bool = False) -> None:
+    """Refuses a place where nothing can be written, before work is done for it; makes nothing.
+
+    Args:
+      path: of a file that will be replaced, or of a folder.
+      folder: which of them.
+
+    Raises:
+      OSError: it is the other of the two, or the nearest folder that is there can't be written.
+    """
+    path = Path(os.path.abspath(path))
+    problem, where = None, path
+    if os.path.exists(path) and os.path.isdir(path) != folder:
+        problem = errno.ENOTDIR if folder else errno.EISDIR
+    else:
+        places = (path, *path.parents) if folder else path.parents
+        where = next(place for place in places if os.path.exists(place))
+        if not os.path.isdir(where):
+            problem = errno.ENOTDIR
+        elif not os.access(where, os.W_OK | os.X_OK):
+            problem = errno.EACCES
+    if problem is not None:
+        raise OSError(problem, os.strerror(problem), str(where))
 
 
 @contextlib.contextmanager

@@ -60,6 +60,8 @@ class Lines:
     def __iter__(self) -> Iterator[Line]:
         with contextlib.ExitStack() as stack:
             if self.source == "-":
+                if sys.stdin is None:
+                    raise OSError("there is no standard input to read; give it one, or a file")
                 file = sys.stdin.buffer
             else:
                 file = stack.enter_context(open(self.source, "rb"))

@@ -39,6 +39,9 @@ def merge(parts: Sequence[Path], out: Path) -> int:
     """
     if not parts:
         raise ResultsError("there is nothing to merge; give the files of results")
+    missing = [part for part in parts if not part.is_file()]
+    if missing:
+        raise ResultsError(f"{missing[0]} is no file; give the files of results of all shards")
     if out.exists():
         raise ResultsError(f"{out} is there already; give another name, or move it away")
     manifest = _merged_manifest(parts)

@@ -29,6 +29,9 @@ _ADVICE = {
     errno.EFBIG: "raise the limit on the size of files (ulimit -f)",
     errno.EROFS: "mount the file system for writing",
     errno.EIO: "check the disk",
+    errno.EACCES: "give a place where you may write",
+    errno.EEXIST: "give a path on which nothing but the end is a file",
+    errno.ENOTDIR: "give a path on which nothing but the end is a file",
 }
 
 

@@ -125,8 +125,9 @@ def _tapped(
 
 
 def _expanded(patterns: Sequence[str], known: Sequence[str]) -> tuple[str, ...]:
-    wanted = {name for p in patterns for name in known if fnmatchcase(name, p)}
-    unknown = [p for p in patterns if not any(fnmatchcase(name, p) for name in known)]
+    found = {p: [n for n in known if isinstance(p, str) and fnmatchcase(n, p)] for p in patterns}
+    wanted = {name for names in found.values() for name in names}
+    unknown = [p for p, names in found.items() if not names]
     if unknown:
         raise ValueError(
             f"unknown taps {unknown}: use hidden.i or attention.i for a layer i below "

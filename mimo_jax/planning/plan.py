@@ -207,7 +207,7 @@ def make_plan(
     """
     device = find_device(device) if isinstance(device, str) else device
     sizes = mesh_sizes(mesh)
-    config = _truncated(config, layers)
+    config = config if layers is None else config.truncated(layers)
     _check_numbers(config, batch=batch, context=context, prompt=prompt, verify=verify)
     dtype = jnp.dtype(dtype or config.dtype).name
     config = dataclasses.replace(config, dtype=dtype)
@@ -262,16 +262,6 @@ def mesh_sizes(mesh: str | Mapping[str, int] | Mesh | AbstractMesh) -> dict[str,
         return parse_mesh(mesh)
     shape = dict(mesh) if isinstance(mesh, Mapping) else dict(mesh.shape)
     return parse_mesh(",".join(f"{axis}={size}" for axis, size in shape.items()))
-
-
-def _truncated(config: MiMoConfig, layers: int | None) -> MiMoConfig:
-    if layers is None:
-        return config
-    if not 0 < layers <= config.num_hidden_layers:
-        raise ValueError(
-            f"layers={layers} is outside 1..{config.num_hidden_layers}, the model's layers"
-        )
-    return config.truncated(layers)
 
 
 def _check_numbers(config: MiMoConfig, **numbers: int) -> None:

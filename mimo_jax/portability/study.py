@@ -82,7 +82,8 @@ def run_study(
 
     Raises:
       PlaceError: there is no such target, or "here" is one and there is no accelerator.
-      ConfigError: there is no such model, or it has not so many layers.
+      ConfigNotFoundError: there is no such model.
+      ValueError: it has not so many layers.
     """
     started = time.monotonic()
     targets = tuple(dict.fromkeys(name.strip().lower() for name in options.targets))

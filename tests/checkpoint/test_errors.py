@@ -299,6 +299,16 @@ def test_missing_config(name: str, tmp_path: Path) -> None:
     assert (problem.kind, problem.file) == ("missing file", name)
 
 
+@pytest.mark.parametrize("qkv", ["interleaved", "split"])
+def test_weights_that_were_not_downloaded(qkv: str, tmp_path: Path) -> None:
+    """Only the files are missed, and not tensors that would be in them in another layout."""
+    folder = make_release(mtp=1, qkv=qkv).write(tmp_path)
+    files = sorted(path.name for path in folder.glob("*.safetensors"))
+    for name in files:
+        (folder / name).unlink()
+    assert [(p.kind, p.file) for p in problems(folder)] == [("missing file", f) for f in files]
+
+
 def test_tensor_in_the_index_but_not_in_the_file(tmp_path: Path) -> None:
     release = make_release(mtp=1)
     folder = release.write(tmp_path)

@@ -104,3 +104,14 @@ def without_response(kind: type[Exception], text: str) -> Exception:
     error = kind.__new__(kind, text)
     error.args = (text,)
     return error
+
+
+@pytest.mark.parametrize("name", ["~nobody-here/mimo", "a" * 5000, f"a/{'b' * 5000}/c", "a\0b"])
+def test_names_that_no_folder_can_have(name: str) -> None:
+    with pytest.raises(checkpoint.ModelNotFoundError):
+        checkpoint.resolve(name)
+
+
+def test_an_empty_name_is_not_the_working_folder() -> None:
+    with pytest.raises(checkpoint.ModelNotFoundError, match="the model's name is empty"):
+        checkpoint.resolve("")

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import backends
-from pallas_kernels.backends import BackendError, Implementation, Target
+from pallas_kernels.backends import BackendError, Implementation, Target, UnsupportedError
 
 HOPPER = Target("cuda", "NVIDIA H100", 90)
 AMPERE = Target("cuda", "NVIDIA A100", 80)
@@ -78,8 +78,11 @@ def test_kernels_have_no_gradient():
 
 
 def test_an_explicit_choice_never_falls_back():
-    with pytest.raises(NotImplementedError, match=r"op with kernels=triton.*30 is too large"):
+    with pytest.raises(UnsupportedError, match=r"op with kernels=triton.*30 is too large"):
         backends.call("op", (SMALL, ANY), ("triton",), (30,), 30)
+    # The command line takes it for wrong usage, and backends' own reasons are caught like it.
+    assert issubclass(UnsupportedError, BackendError)
+    assert issubclass(UnsupportedError, NotImplementedError)
 
 
 def test_weights_that_were_not_packed_are_for_the_reference():

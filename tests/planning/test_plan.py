@@ -207,8 +207,8 @@ def test_part_of_the_layers():
         ({"batch": 0}, ValueError, "batch=0 must be at least 1"),
         ({"prompt": -1}, ValueError, "prompt=-1 must be at least 1"),
         ({"verify": 9, "context": 8}, ValueError, "longer than context=8"),
-        ({"layers": 0}, ValueError, "layers=0 is outside 1..70"),
-        ({"layers": 71}, ValueError, "layers=71 is outside 1..70"),
+        ({"layers": 0}, ValueError, "0 layers were asked for; the model has 70"),
+        ({"layers": 71}, ValueError, "71 layers were asked for; the model has 70"),
     ],
 )
 def test_errors(options, error, message):

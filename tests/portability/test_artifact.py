@@ -254,7 +254,7 @@ def test_the_cache_is_as_long_as_is_asked_for(whole, part):
     ],
 )
 def test_prompts_that_it_cannot_complete(part, options, said, capsys):
-    assert run_exported.main([str(part), *options]) == 1
+    assert run_exported.main([str(part), *options]) == 2
     captured = capsys.readouterr()
     assert re.search(said, captured.err)
     assert not captured.out

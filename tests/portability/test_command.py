@@ -104,8 +104,8 @@ def test_options_reach_the_study(monkeypatch, tmp_path):
         (["--operations", "moe,mole"], 2, "no operation 'mole'; there are moe, quantized_matmul"),
         (["--steps", "encode"], 2, "there is no step 'encode'; there are decode, verify, prefill"),
         (["--kernels", "cuda"], 2, "there is no backend 'cuda'; there are auto, reference"),
-        (["--models", "MiMo-V9"], 1, "called 'MiMo-V9'; did you mean 'MiMo-V2.5'"),
-        (["--models", TINY, "--layers", "3"], 1, "the model has 2"),
+        (["--models", "MiMo-V9"], 2, "called 'MiMo-V9'; did you mean 'MiMo-V2.5'"),
+        (["--models", TINY, "--layers", "3"], 2, "the model has 2"),
         (["--layers", "-1"], 2, "--layers"),
         (["--workers", "0"], 2, "--workers"),
         (["--compilers", "no/such/folder"], 2, "no folder no/such/folder with compilers"),
@@ -113,6 +113,8 @@ def test_options_reach_the_study(monkeypatch, tmp_path):
         (["--join", "no/such/file"], 2, "no/such/file can't be read"),
         (["--compare", "no/such/file", "nor/this"], 2, "no/such/file can't be read"),
         (["--compare", ".", ".", "--same", "h100"], 2, "can't be read"),
+        (["--same", "h100=h200"], 2, "--same h100=h200 is of --compare; give that too"),
+        (["--timeout", "0"], 2, "--timeout"),
     ],
 )
 def test_what_is_wrong_is_said_before_anything_runs(args, code, said, tmp_path, monkeypatch):
@@ -122,6 +124,19 @@ def test_what_is_wrong_is_said_before_anything_runs(args, code, said, tmp_path, 
     assert result.exit_code == code, result.output
     assert said in " ".join(result.stderr.replace("│", " ").split())
     assert "Traceback" not in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_ctrl_c_says_where_the_rows_are(tmp_path, monkeypatch):
+    def run_study(options, command, done, keep):
+        keep(Results((samples.RUN,), (samples.row("moe", "pro 8"),)))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(study, "run_study", run_study)
+    result = run("--out", str(tmp_path))
+    assert result.exit_code == 130
+    assert result.stderr == f"interrupted; the rows so far are in {tmp_path / 'results.json'}\n"
+    assert len(Results.read(tmp_path).rows) == 1
 
 
 def test_here_without_an_accelerator_is_said(tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from mimo_jax.config import ConfigError, MiMoConfig
+from mimo_jax.config import ConfigNotFoundError, MiMoConfig
 from mimo_jax.model.backbone import MiMo
 from mimo_jax.model.cache import CACHE_AXES, init_cache
 from mimo_jax.model.parameters import abstract, parameters
@@ -165,8 +165,8 @@ def test_jobs_are_operations_once_a_kind_and_steps_everywhere():
     [
         ({"targets": ("cpu", "hoper")}, PlaceError, "there is no target 'hoper'"),
         ({"targets": ("hopper:9",)}, PlaceError, "whole machines"),
-        ({"models": ("MiMo-V9",)}, ConfigError, "did you mean .MiMo-V2.5"),
-        ({"models": (TINY,), "layers": 3}, ConfigError, "the model has 2"),
+        ({"models": ("MiMo-V9",)}, ConfigNotFoundError, "did you mean .MiMo-V2.5"),
+        ({"models": (TINY,), "layers": 3}, ValueError, "the model has 2"),
     ],
 )
 def test_nothing_is_run_for_what_there_is_not(options, error, said, monkeypatch):

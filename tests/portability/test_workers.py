@@ -1,6 +1,8 @@
 """Processes that do jobs: whatever happens to one, its row says so and the next job is done."""
 
+import dataclasses
 import functools
+import json
 import os
 import signal
 import sys
@@ -292,6 +294,43 @@ def test_the_real_process_answers_whatever_it_is_given():
         assert row.stages["trace"].status == how
     assert rows[-1].backend == "mosaic_gpu interpreted"
     assert [rows[-1].stages[name].status for name in STAGES[1:]] == ["ok", "ok", "ok", "not run"]
+
+
+def test_a_real_process_whose_asker_has_gone_ends_in_the_midst_of_a_job(tmp_path):
+    """With what it started, and without a row: a job that would go on for half a minute."""
+    pid = tmp_path / "pid"
+    code = f"""
+        import subprocess, sys, time
+        from mimo_jax.portability import worker
+
+        def run_job(job):
+            child = subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(600)"])
+            open({str(pid)!r}, "w").write(str(child.pid))
+            print("begun", file=sys.stderr, flush=True)
+            time.sleep(30)
+            return job
+
+        worker.run_job = run_job
+        worker.main()
+    """
+    process = workers.subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        stdin=workers.subprocess.PIPE,
+        stdout=workers.subprocess.PIPE,
+        stderr=workers.subprocess.PIPE,
+        start_new_session=True,
+    )
+    with process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdin.write(json.dumps(dataclasses.asdict(job(GOOD))).encode() + b"\n")
+        process.stdin.flush()
+        assert process.stderr.readline() == b"begun\n"
+        process.stdin.close()
+        assert process.stdout.read() == b""
+    assert process.returncode == -signal.SIGKILL
+    assert gone(int(pid.read_text()))
 
 
 def test_the_environment_of_a_process(monkeypatch):

@@ -43,6 +43,14 @@ def test_too_much_for_some_devices() -> None:
         check_memory(needed, "experts")
 
 
+def test_a_small_device_and_small_arrays() -> None:
+    with pytest.raises(
+        NotEnoughMemoryError,
+        match=r"need 30.0 MiB on a device \(H200\), but 20.5 MiB of 1.00 GiB are free there",
+    ):
+        check_memory({Device(0, GIB, GIB - 41 * 2**19): 30 * 2**20})
+
+
 def test_devices_on_the_cpu_share_the_hosts_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "host_memory", lambda: 10 * GIB)
     check_memory(dict.fromkeys(jax.devices()[:2], 5 * GIB))
@@ -59,3 +67,18 @@ def test_memory_of_this_host() -> None:
     found = memory.host_memory()
     assert found is not None
     assert found > 2**20
+
+
+def test_errors_of_programs_that_run_out_of_memory() -> None:
+    xla = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 1 byte\nThe heap was ..."
+    said = memory.lack_of_memory(RuntimeError(xla))
+    assert said is not None
+    assert said.startswith("a device has too little memory")
+    assert "(RESOURCE_EXHAUSTED: Out of memory while trying to allocate 1 byte)" in said
+    assert "larger mesh" in said
+    host = memory.lack_of_memory(MemoryError("Unable to allocate 9 GiB"))
+    assert host is not None
+    assert host.startswith("this host has too little memory")
+    assert "(Unable to allocate 9 GiB)" in host
+    for other in (RuntimeError("INTERNAL: a bug"), ValueError("RESOURCE_EXHAUSTED")):
+        assert memory.lack_of_memory(other) is None

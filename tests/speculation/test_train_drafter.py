@@ -349,3 +349,16 @@ def test_evaluation_of_a_checkpoint(run, tmp_path, monkeypatch):
         assert found["temperature"] == 1
         assert len(found["accepted_by_position"]) == n
         assert 1 <= found["acceptance_length"] <= n + 1
+
+
+def test_files_of_something_else(tmp_path):
+    (tmp_path / "text").write_text("no numbers")
+    np.savez(tmp_path / "other.npz", x=np.zeros(3))
+    np.save(tmp_path / "ids.npy", np.zeros(3))
+    with pytest.raises(ValueError, match=r"text is no \.npy file of numbers"):
+        train_drafter.read_stream(tmp_path / "text", backbone(), 1)
+    for name in ("text", "other.npz", "ids.npy"):
+        with pytest.raises(ValueError, match=rf"{name} is not what generate writes"):
+            train_drafter.read_continuations(tmp_path / name)
+    with pytest.raises(FileNotFoundError):
+        train_drafter.read_continuations(tmp_path / "none")
