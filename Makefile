@@ -97,7 +97,7 @@ $(VENV)/.installed-test: $(INPUTS) | $(VENV)/bin/python
 $(VENV)/.installed-dev: $(INPUTS) | $(VENV)/bin/python
 	@echo "installing mimo-jax with its tests and development tools in $(VENV)"
 	@$(PIP_INSTALL) -e '.[dev]'
-	@touch $@ $(VENV)/.installed $(VENV)/.installed-test
+	@touch $@ $(VENV)/.installed $(VENV)/.installed-test $(VENV)/.installed-docs
 
 $(VENV)/.installed-notebooks: $(INPUTS) | $(VENV)/bin/python
 	@echo "installing mimo-jax with its tests and what its notebooks need in $(VENV)"
