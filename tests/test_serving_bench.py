@@ -213,7 +213,7 @@ def test_what_does_not_fit_is_left_out(monkeypatch, tmp_path, measured):
         (("--prompt-len", "9-2"), "the smaller one first"),
         (("--output-len", "5000"), "the model has 4096 positions; shorten the lengths"),
         (("--rate", "-1"), "the rate is -1.0 requests/s"),
-        (("--draft-width", "4"), "give speculative= too"),
+        (("--draft-width", "4"), "give --speculative too"),
         (("--plot", "x.gif"), "ends in .png or .svg"),
     ],
 )

@@ -93,7 +93,7 @@ def test_layers_differ():
 def test_what_does_not_fit_is_refused_before_anything_is_made(monkeypatch):
     monkeypatch.setattr(memory, "host_memory", lambda: 10 * 2**20)
     monkeypatch.setattr("mimo_jax.checkpoint.synthetic.random_release", None)
-    with pytest.raises(memory.NotEnoughMemoryError, match=r"GiB of this host's memory, but 0\.01"):
+    with pytest.raises(memory.NotEnoughMemoryError, match=r"MiB of this host's memory, but 10\.0"):
         made()
 
 
