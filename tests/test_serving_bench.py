@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
 from tiny import tiny
 from typer.testing import CliRunner
@@ -36,6 +37,7 @@ def run(*args: str):
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory) -> tuple[Any, dict[str, Any]]:
     """The command's output, and the file that it wrote."""
+    jax.clear_caches()  # so that all there is to compile is compiled in it
     out = tmp_path_factory.mktemp("bench") / "deep" / "result.json"
     done = run(*SMALL, "--out", str(out))
     assert done.exit_code == 0, done.stderr
