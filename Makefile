@@ -39,7 +39,7 @@ kernels: $(VENV)/.installed-test
 	$(BIN)/python -m pytest $(PYTEST_ARGS) tests/pallas_kernels
 
 # By test: each takes minutes, and by file one process would get most of them.
-endurance: export FUZZED_FILES := 10000
+endurance: export FUZZED_FILES ?= 10000
 endurance: $(VENV)/.installed-test
 	$(BIN)/python -m pytest $(PYTEST_ARGS) --dist worksteal tests/endurance \
 	  tests/engine/test_fuzzed_requests.py
