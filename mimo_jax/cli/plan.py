@@ -13,7 +13,7 @@ from mimo_jax.cli.console import FAILED, printable, readable_errors
 
 def plan(
     device: Annotated[
-        str, typer.Option(help="h100, h200, b200, a100, v5e, v5p, v6e, tpu7x or cpu.")
+        str, typer.Option(help="h100, h200, b200, a100, v4, v5e, v5p, v6e, tpu7x or cpu.")
     ],
     model: Annotated[
         str, typer.Option(help="A configuration's name, or a checkpoint's folder.")

@@ -26,6 +26,7 @@ TARGETS = {
     "h200": Target("cuda", "NVIDIA H200", 90),
     "b200": Target("cuda", "NVIDIA B200", 100),
     "a100": Target("cuda", "NVIDIA A100", 80),
+    "v4": Target("tpu", "TPU v4"),
     "v5e": Target("tpu", "TPU v5 lite"),
     "v5p": Target("tpu", "TPU v5"),
     "v6e": Target("tpu", "TPU v6 lite"),

@@ -8,6 +8,7 @@ import pytest
 
 from mimo_jax.config import DFlashConfig, MiMoConfig, presets
 from mimo_jax.planning import Plan, make_plan
+from mimo_jax.planning.kernels import TARGETS
 from mimo_jax.planning.plan import mesh_sizes
 from mimo_jax.planning.steps import Step
 from sharding import devices
@@ -111,6 +112,10 @@ def test_every_device_prints_in_80_columns(device):
     planned = pro("data=2,expert=8,tensor=8", device, rules="throughput", batch=16)
     assert max(map(len, str(planned).splitlines())) <= 80
     assert json.loads(json.dumps(planned.to_dict()))["device"]["name"] == device
+
+
+def test_kernels_are_known_for_every_device():
+    assert set(TARGETS) == set(NAMES)
 
 
 def test_text_says_what_was_estimated_and_assumed():
