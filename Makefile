@@ -1,9 +1,8 @@
 # make demo | test | speculation | meshes | kernels | endurance | compile | portability | notebooks |
-# docs | lint | format.  All is in .venv, installed again only when pyproject.toml or constraints.txt change.
-# The compilers that
-# `make compile` needs are in a folder of their own: wherever jax can import them, it takes them for
-# devices to run on.  With JAX=newest all is done with constraints-newest.txt and
-# compilers-newest.txt, in folders of the same ending.
+# docs | lint | format.  All is in .venv, installed again only when pyproject.toml or constraints.txt
+# change.  The compilers that `make compile` needs are in a folder of their own: wherever jax can
+# import them, it takes them for devices to run on.  With JAX=newest all is done with
+# constraints-newest.txt and compilers-newest.txt, in folders of the same ending.
 PYTHON ?= python3
 SET := $(JAX:%=-%)
 VENV := .venv$(SET)

@@ -52,15 +52,12 @@ def compared(example: Example) -> str | None:
 
 def console(example: Example) -> str | None:
     """Runs the commands of a `console` block; what is wrong with their outputs, if anything."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = os.environ | {"PYTHONUNBUFFERED": "1", "PATH": path}
     for command, expected in commands(str(example.parsed)):
         ran = subprocess.run(
             ["bash", "-c", command],
-            cwd=os.getcwd(),
-            env=os.environ
-            | {
-                "PYTHONUNBUFFERED": "1",
-                "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-            },
+            env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -97,7 +94,7 @@ def difference(expected: str, printed: str) -> str | None:
 
 
 def _pattern(line: str) -> str:
-    parts = re.split(r"(\.\.\.|\d+\.\d+)", line.rstrip())
+    parts = re.split(rf"(\.\.\.|{NUMBER.pattern})", line.rstrip())
     return "".join(
         ".*" if part == "..." else NUMBER.pattern if NUMBER.fullmatch(part) else re.escape(part)
         for part in parts

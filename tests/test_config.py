@@ -4,6 +4,7 @@ from importlib import resources
 from pathlib import Path
 
 import pytest
+from configs import MINIMAL
 from goldens import recipe
 
 from mimo_jax.config import (
@@ -24,13 +25,6 @@ TINY = ("casinca-tiny-mimo-v2-flash", "colibri-tiny", "tiny-transformers-test")
 # Keys of a config.json that no computation reads, or that say again what another key says.
 NOT_KEPT = {"attention_chunk_size", "rope_parameters", "torch_dtype"}
 
-MINIMAL = {
-    "vocab_size": 32,
-    "hidden_size": 64,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "intermediate_size": 48,
-}
 HYBRID = {**MINIMAL, "hybrid_layer_pattern": [0, 1, 1, 0], "sliding_window": 8}
 EXPERTS = {"n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 

@@ -4,16 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+from configs import MINIMAL
 
 from mimo_jax.config import ConfigError, ConfigNotFoundError, DFlashConfig, MiMoConfig
 
-MINIMAL = {
-    "vocab_size": 32,
-    "hidden_size": 64,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "intermediate_size": 48,
-}
 DRAFTER = DFlashConfig.from_pretrained("MiMo-V2.5-Pro-FP4-DFlash").to_dict()
 
 

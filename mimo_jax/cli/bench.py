@@ -76,9 +76,9 @@ def bench(
         options.layers_of(layers, random_weights)
         if plot is not None:
             bench_report.check_plot(plot)
-        for path in (out, plot):
-            if path is not None:
-                check_writable(path)
+        files = [path for path in (out, plot) if path is not None]
+        for path in files:
+            check_writable(path)
         lengths = Lengths.parse(prompt_len), Lengths.parse(output_len)
         workloads = {
             n: Workload(*lengths, requests or max(32, 2 * n), rate, seed)
@@ -95,9 +95,8 @@ def bench(
         }
         lm = mimo_jax.load(model, progress=True, **placed, **made_up)
         lm.decoder_for(**how)  # refuses what the checkpoint has not, before anything runs
-        for path in (out, plot):
-            if path is not None:
-                path.parent.mkdir(parents=True, exist_ok=True)
+        for path in files:
+            path.parent.mkdir(parents=True, exist_ok=True)
         given = {**placed, **made_up, **how, "requests": requests}
         result = describe(lm, model, given, workloads)
         interrupted = False
