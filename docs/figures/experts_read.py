@@ -6,22 +6,15 @@ from benchmarks/results/speculative_flash_h100.json and speculative_flash_8_rows
 verifying so many tokens takes, with a plain step as a width of 1.
 """
 
-import json
-import sysconfig
-import zlib
-from pathlib import Path
-from typing import Any
-
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from sources import ROOT, held_out, result
 
 import mimo_jax as mj
 from mimo_jax import explore
 from mimo_jax.explore import plots
 
-ROOT = Path(__file__).resolve().parents[2]
-RESULTS = ROOT / "benchmarks" / "results"
 MOST, TINY = 8, "mimo-tiny"
 PRESETS = {
     "MiMo-V2.5-Pro-FP4-DFlash": ("V2.5-Pro", plots.SLIDING),
@@ -32,10 +25,7 @@ PRESETS = {
 
 def of_text(lm: mj.LanguageModel) -> list[float]:
     """Experts that n successive tokens choose, n = 1, 2, ...: the mean of layers and places."""
-    ids: list[int] = []
-    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
-        if zlib.crc32(path.name.encode()) % 20 == 0:  # as scripts/tiny_corpus.py splits
-            ids += lm.encode(path.read_text(encoding="utf-8"))
+    ids = [i for name, text in held_out().items() if "/" not in name for i in lm.encode(text)]
     seen = explore.taps(lm, np.reshape(ids[: 32 * 256], (32, 256)), "experts.*")
     chosen = np.stack([a.values for name, a in seen.items() if name != "tokens"])
     used = np.eye(lm.config.n_routed_experts, dtype=bool)[chosen].any(axis=-2)  # [L, B, T, E]
@@ -69,9 +59,8 @@ def experts(ax: Axes) -> None:
 def times(ax: Axes) -> None:
     """Milliseconds of a verification, by its width."""
     for file, color in (("", plots.FULL), ("_8_rows", plots.THIRD)):
-        path = RESULTS / f"speculative_flash{file}_h100.json"
-        measured: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["rows"]
-        found = [row for row in measured if row["drafter"] == "dflash"]
+        measured = result(f"speculative_flash{file}_h100.json")
+        found = [row for row in measured["rows"] if row["drafter"] == "dflash"]
         widths = [1, *(row["width"] for row in found)]
         seconds = [found[0]["plain_s"], *(row["verify_s"] for row in found)]
         label = f"{found[0]['rows']} row{'s' * (found[0]['rows'] > 1)}"

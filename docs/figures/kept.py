@@ -3,22 +3,18 @@
 From benchmarks/results/acceptance_tiny_h100.json.
 """
 
-import json
-from pathlib import Path
-
 import matplotlib.pyplot as plt
+from sources import ROOT, result
 
 from mimo_jax.explore import plots
 
-ROOT = Path(__file__).resolve().parents[2]
-RESULT = ROOT / "benchmarks" / "results" / "acceptance_tiny_h100.json"
 NAMES = {"dflash": ("DFlash", plots.FULL), "mtp": ("MTP", plots.SLIDING)}
 
 
 def main() -> None:
     """Draws both drafters, greedy and at temperature 1."""
     plt.rcParams.update(plots.STYLE)
-    measured = json.loads(RESULT.read_text(encoding="utf-8"))
+    measured = result("acceptance_tiny_h100.json")
     ax = plt.subplots(figsize=(6.4, 3.2))[1]
     for drafter, (name, color) in NAMES.items():
         for run in measured[drafter]:

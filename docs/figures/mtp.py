@@ -5,27 +5,20 @@ over what it wrote, with the true tokens before the one that it predicts: once w
 hidden states, as it was trained, and once with what the block before it has made.
 """
 
-import sysconfig
-import zlib
-from pathlib import Path
-
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
+from sources import ROOT, held_out
 
 import mimo_jax as mj
 from mimo_jax.explore import plots
 
-ROOT = Path(__file__).resolve().parents[2]
 PROMPTS, LENGTH, TOKENS = 32, 64, 128
 
 
-def held_out(lm: mj.LanguageModel) -> list[list[int]]:
-    """Prompts from modules that the corpus keeps apart (scripts/tiny_corpus.py)."""
-    ids: list[int] = []
-    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
-        if zlib.crc32(path.name.encode()) % 20 == 0:
-            ids += lm.encode(path.read_text(encoding="utf-8"))
+def prompts_of(lm: mj.LanguageModel) -> list[list[int]]:
+    """Prompts from modules that the corpus keeps apart."""
+    ids = [i for name, text in held_out().items() if "/" not in name for i in lm.encode(text)]
     starts = np.linspace(0, len(ids) - LENGTH, PROMPTS).astype(int)
     return [ids[i : i + LENGTH] for i in starts]
 
@@ -51,7 +44,7 @@ def main() -> None:
     """Draws both, block by block."""
     plt.rcParams.update(plots.STYLE)
     lm = mj.load("mimo-tiny", dtype="float32")
-    prompts = held_out(lm)
+    prompts = prompts_of(lm)
     greedy = mj.SamplingParams(max_tokens=TOKENS, temperature=0.0, ignore_eos=True)
     outs = lm.generate(prompts, greedy, batch_size=PROMPTS)
     tokens = np.array([p + o.token_ids for p, o in zip(prompts, outs, strict=True)])

@@ -4,23 +4,15 @@ Left, from benchmarks/results/moe_h100.json: the feed-forward of one layer of V2
 tokens.  Right, from benchmarks/results/model_h100.json: what a layer of V2.6-Flash adds to a step.
 """
 
-import json
-from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from sources import ROOT, result
 
 from mimo_jax.explore import plots
 
-ROOT = Path(__file__).resolve().parents[2]
-RESULTS = ROOT / "benchmarks" / "results"
 PLAIN = "plain XLA"
-
-
-def result(name: str) -> dict[str, Any]:
-    """A result of a benchmark."""
-    return json.loads((RESULTS / name).read_text(encoding="utf-8"))
 
 
 def experts(ax: Axes) -> None:

@@ -5,29 +5,22 @@ model.  At every MoE layer the experts are chosen twice from the same scores: wi
 model does, and without.
 """
 
-import sysconfig
-import zlib
-from pathlib import Path
-
 import matplotlib.pyplot as plt
 import numpy as np
+from sources import ROOT, held_out
 
 import mimo_jax as mj
 from mimo_jax import explore
 from mimo_jax.explore import plots
 
-ROOT = Path(__file__).resolve().parents[2]
 LENGTH, EVERY, ROWS = 256, 4096, 32
 
 
-def held_out(lm: mj.LanguageModel) -> np.ndarray:
-    """Pieces of the modules that the corpus keeps apart (scripts/tiny_corpus.py)."""
-    root, pieces = Path(sysconfig.get_paths()["stdlib"]), []
-    for path in sorted(root.rglob("*.py")):
-        name = path.relative_to(root).as_posix()
-        if "site-packages" in path.parts or zlib.crc32(name.encode()) % 20:
-            continue
-        ids = lm.encode(path.read_text(encoding="utf-8", errors="replace"))
+def pieces_of(lm: mj.LanguageModel) -> np.ndarray:
+    """Pieces of the modules that the corpus keeps apart."""
+    pieces = []
+    for text in held_out().values():
+        ids = lm.encode(text)
         pieces += [ids[i : i + LENGTH] for i in range(0, len(ids) - LENGTH, EVERY)]
     return np.array(pieces[: len(pieces) // ROWS * ROWS])
 
@@ -51,7 +44,7 @@ def main() -> None:
     """Draws the loads of all layers into one picture."""
     plt.rcParams.update(plots.STYLE)
     lm = mj.load("mimo-tiny")
-    pieces = held_out(lm)
+    pieces = pieces_of(lm)
     found = loads(lm, pieces)
     ax = plt.subplots(figsize=(7.6, 3.2))[1]
     ax.axhline(1, color=plots.PALE, lw=1)
