@@ -5,8 +5,9 @@
 - An `output` block is what the block of Python above it prints.
 
 In what is expected, `...` stands for anything, on a line by itself for any number of lines, and a
-number with a decimal point for any other: times differ.  `<!-- skip: next "reason" -->` leaves the
-next block out; the reason is shown in the report.
+number with a decimal point for any other: times differ, and with them the widths of tables, so
+that blanks within a line and strokes of a frame count once.  `<!-- skip: next "reason" -->` leaves
+the next block out; the reason is shown in the report.
 
 Each document runs in a folder of its own, in which the repository's folders are found by name.
 """
@@ -30,7 +31,8 @@ from sybil.parsers.markdown import CodeBlockParser, SkipParser
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("scripts", "examples", "notebooks", "benchmarks", "mimo_jax")
-NUMBER = re.compile(r"\d+\.\d+")
+NUMBER = re.compile(r"\d[\d,]*\.\d+")
+WIDTH = re.compile(r"(?<=\S)( ) +|([─━])\2+")
 END_OF_COMMAND = re.compile(r"(?<!\\)\n")
 TIMEOUT = 900  # seconds; only against what never ends
 
@@ -86,15 +88,15 @@ def difference(expected: str, printed: str) -> str | None:
     """None if what was printed is as expected, else both."""
     pattern = "".join(
         r"(?:.*\n)*?" if line.strip() == "..." else f"{_pattern(line)}\n"
-        for line in expected.rstrip().split("\n")
+        for line in _even(expected).split("\n")
     )
-    if not expected.strip() or re.fullmatch(pattern, _even(printed)):
+    if not expected.strip() or re.fullmatch(pattern, _even(printed) + "\n"):
         return None
     return f"expected:\n{expected.rstrip()}\n\nprinted:\n{printed.rstrip()}"
 
 
 def _pattern(line: str) -> str:
-    parts = re.split(rf"(\.\.\.|{NUMBER.pattern})", line.rstrip())
+    parts = re.split(rf"(\.\.\.|{NUMBER.pattern})", line)
     return "".join(
         ".*" if part == "..." else NUMBER.pattern if NUMBER.fullmatch(part) else re.escape(part)
         for part in parts
@@ -102,8 +104,8 @@ def _pattern(line: str) -> str:
 
 
 def _even(printed: str) -> str:
-    """Without blanks at the ends of lines, and with one newline at the end."""
-    return "\n".join(line.rstrip() for line in printed.rstrip().split("\n")) + "\n"
+    """Without widths, and without blanks and empty lines at ends."""
+    return "\n".join(WIDTH.sub(r"\1\2", line.rstrip()) for line in printed.rstrip().split("\n"))
 
 
 def setup(namespace: dict[str, Any]) -> None:
