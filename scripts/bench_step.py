@@ -31,7 +31,7 @@ def small_checks(args: argparse.Namespace, names: tuple[str, ...]) -> Iterator[C
             continue
         given, options = cases.arrays(case, args.seed)
         for kernel in rotate_and_store.IMPLEMENTATIONS:
-            able = not kernel.unsupported(given[0], given[2], case.heads)
+            able = not kernel.unsupported(given[0], given[2], case.heads, case.ring)
             if kernel.backend in names and able:
                 yield Check(
                     "rotate_and_store", name, kernel, reference.rotate_and_store, given, options
@@ -56,7 +56,7 @@ def _rotate_jobs(name: str, case: cases.Case, names: tuple[str, ...], seed: int)
     trips, unrolled = 15, 20  # A turn of a loop costs as much as some calls.
     for backend in (*names, REFERENCE):
         of_ours = backend != REFERENCE
-        kernel_case = (fused, caches[0], case.heads)
+        kernel_case = (fused, caches[0], case.heads, case.ring)
         if of_ours and not supported(rotate_and_store.IMPLEMENTATIONS, backend, kernel_case):
             continue
 

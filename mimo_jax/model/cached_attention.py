@@ -68,22 +68,26 @@ def cached_attention(
     """
     ring, t = window is not None, fused.shape[1]
     rows = P(*entries(fused)[:3])
-    look: Callable[..., Any]
-    if cache is not None and refused(t, cache.k.shape[1], window) is None:
+    look: Callable[..., Any] = _in_order
+    few = cache is not None and refused(t, cache.k.shape[1], window) is None
+    if not few and not causal:
+        raise ValueError(f"{t} tokens that see each other need a cache, and to be few")
+    if cache is not None and (few or not ring):
         into = functools.partial(rotate_and_store, heads=heads, ring=ring, kernels=kernels)
         q, *new = on_mesh(into, rows, fused, positions, cache.k, cache.v)
         cache = LayerCache(*new)
-        look, held = functools.partial(_at_slots, causal=causal), (cache,)
-    elif not causal:
-        raise ValueError(f"{t} tokens that see each other need a cache, and to be few")
+        held = (cache,)
+        if few:
+            look = functools.partial(_at_slots, causal=causal)
+        else:
+            look = functools.partial(_in_order, whole=True)
     else:
         q, k, v = on_mesh(functools.partial(split, heads=heads), rows, fused, positions)
-        look, held = _in_order, (k, v, cache)
+        held = (LayerCache(k, v), cache)
         if cache is not None:
             put = functools.partial(store, ring=ring)
             pairs = ((cache.k, k), (cache.v, v))
             cache = LayerCache(*(on_mesh(put, rows, *pair, positions) for pair in pairs))
-            held = (*held, cache)
     q = reshard(q, *rows, group)
     by_head = (*rows[2:], group)
     weights = P(rows[0], *by_head) if with_weights else None
@@ -143,30 +147,31 @@ def _in_order(
     q: Array,
     positions: Array,
     sink: Any,
-    k: Array,
-    v: Array,
-    before: LayerCache | None = None,
-    after: LayerCache | None = None,
+    held: LayerCache,
+    ring: LayerCache | None = None,
     *,
+    whole: bool = False,
     window: int | None,
     kernels: Sequence[str],
     with_weights: bool,
 ) -> tuple[Array, Array | None]:
-    """Attention over successive keys, of which the tokens' own are the last."""
+    """Attention over successive keys: of the whole sequence, or of the tokens, after those that a
+    ring had before."""
+    k, v = held.k, held.v
     there = positions >= 0
     padding = jnp.argmax(there, axis=1).astype(positions.dtype)  # before a row's first token
     newest = positions.max(axis=1)
     first = newest - there.sum(axis=1, dtype=positions.dtype) + 1
     # Positions of the first of T tokens, which may be padding, of the first key and the last token.
-    if before is None or after is None:
+    if whole:
+        spans = (first - padding, jnp.zeros_like(first), newest)
+    elif ring is None or window is None:
         # Counted from the first real token, before which there is nothing to see.
         spans = (-padding, -padding, newest - first)
-    elif window is None:
-        k, v, spans = after.k, after.v, (first - padding, jnp.zeros_like(first), newest)
     else:
         k, v = (
-            _after_window(ring, own, first, padding, window)
-            for ring, own in ((before.k, k), (before.v, v))
+            _after_window(old, own, first, padding, window)
+            for old, own in ((ring.k, k), (ring.v, v))
         )
         spans = (first - padding, first - padding - window, newest)
     if with_weights:

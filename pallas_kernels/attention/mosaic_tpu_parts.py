@@ -140,6 +140,10 @@ class Layout:
         """The array in the order in which it lies in memory."""
         return a if self.apart else a.transpose((0, 2, 3, 1) if self.columns else (0, 2, 1, 3))
 
+    def unview(self, a: Array) -> Array:
+        """The array of a `view`."""
+        return a if self.apart else a.transpose((0, 3, 1, 2) if self.columns else (0, 2, 1, 3))
+
     def spec(self, index: Callable[..., tuple[Any, Any]]) -> pl.BlockSpec:
         """Blocks of the view; `index` maps a program to a sequence and a block of its keys."""
 

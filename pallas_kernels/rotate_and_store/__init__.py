@@ -8,12 +8,13 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import backends
 from pallas_kernels.backends import REFERENCE, Implementation
-from pallas_kernels.rotate_and_store import reference, triton
+from pallas_kernels.rotate_and_store import mosaic_tpu, reference, triton
 from pallas_kernels.rotate_and_store.reference import Heads
 
 # Preferred first.
 IMPLEMENTATIONS = (
     Implementation("triton", triton.unsupported, triton.rotate_and_store),
+    Implementation("mosaic_tpu", mosaic_tpu.unsupported, mosaic_tpu.rotate_and_store),
     Implementation(REFERENCE, lambda *_: None, reference.rotate_and_store),
 )
 
@@ -39,6 +40,6 @@ def rotate_and_store(
       NotImplementedError: differentiating a kernel.
     """
     args = (fused, positions, k_cache, v_cache)
-    case, options = (fused, k_cache, heads), {"heads": heads, "ring": ring}
+    case, options = (fused, k_cache, heads, ring), {"heads": heads, "ring": ring}
     allowed = (*kernels, REFERENCE)
     return backends.call("rotate_and_store", IMPLEMENTATIONS, allowed, case, *args, **options)

@@ -47,6 +47,17 @@ SMALL = {
     "an odd rotary width": Case(Heads(1, 2, 24, 16, 12, 5e6, 0.707), 1, 3, 8, (6, 2)),
     "over a ring's end": Case(Heads(2, 2, 48, 32, 16, 1e4, 0.707), 1, 6, 16, (33, 5, 16), True),
     "padding": Case(Heads(1, 2, 48, 32, 16, 1e4, 0.707), 2, 3, 12, (-1, 7), True),
+    # Of which TPUs have several blocks of slots; wide heads are stored otherwise, and so is one.
+    "blocks of slots": Case(Heads(2, 2, 48, 32, 16, 1e4, 0.707), 2, 5, 200, (17, 130, 199)),
+    "wide heads": Case(Heads(1, 2, 128, 128, 64, 1e4, None), 3, 16, 256, (8, 136, -1)),
+    "one wide head": Case(Heads(1, 4, 128, 128, 64, 1e4, None), 1, 16, 256, (8, 136, 255)),
+    "over a long ring's end": Case(
+        Heads(1, 2, 192, 128, 64, 1e4, 0.612), 2, 16, 256, (255, 260, 7), True
+    ),
+    "over a ring's end, wide": Case(
+        Heads(1, 2, 128, 128, 64, 1e4, 0.612), 1, 16, 256, (255, 260, 7), True
+    ),
+    "many tokens": Case(Heads(1, 2, 48, 128, 16, 1e4, None), 2, 300, 640, (299, 430, 77)),
 }
 
 

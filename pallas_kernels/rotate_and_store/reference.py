@@ -9,8 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-MAX_SLICES = 128  # tokens that TPUs store one by one
-
 
 @dataclasses.dataclass(frozen=True)
 class Heads:
@@ -128,21 +126,8 @@ def store(
         kept = (positions >= 0) & (positions > newest - slots)
         slot = jnp.where(kept, positions % slots, slots)
 
-    if positions.size > MAX_SLICES:
-        return _scattered(cache, slot, new)
-    return jax.lax.platform_dependent(cache, slot, new, tpu=_sliced, default=_scattered)
+    @jax.vmap
+    def scattered(cache: Array, slot: Array, new: Array) -> Array:
+        return cache.at[slot].set(new.astype(cache.dtype), mode="drop")
 
-
-@jax.vmap
-def _scattered(cache: Array, slot: Array, new: Array) -> Array:
-    return cache.at[slot].set(new.astype(cache.dtype), mode="drop")
-
-
-def _sliced(cache: Array, slot: Array, new: Array) -> Array:
-    """For TPUs, where XLA copies a whole cache into another layout for a scatter."""
-    for b, t in np.ndindex(*slot.shape):
-        at = (b, jnp.minimum(slot[b, t], cache.shape[1] - 1), 0, 0)
-        old = jax.lax.dynamic_slice(cache, at, (1, 1, *cache.shape[2:]))
-        put = jnp.where(slot[b, t] < cache.shape[1], new[b, t].astype(cache.dtype), old)
-        cache = jax.lax.dynamic_update_slice(cache, put, at)
-    return cache
+    return scattered(cache, slot, new)

@@ -20,8 +20,9 @@ from pallas_kernels.rotate_and_store.reference import Heads, rotary_angles
 from pallas_kernels.triton import ANYWHERE
 
 
-def unsupported(fused: Any, k_cache: Any, heads: Heads) -> str | None:
+def unsupported(fused: Any, k_cache: Any, heads: Heads, ring: bool) -> str | None:
     """Why this kernel can't do a case; None if it can."""
+    del ring
     tokens, slots = fused.shape[1], k_cache.shape[1]
     if not fused.dtype == k_cache.dtype == jnp.bfloat16:
         return f"{fused.dtype} and a cache of {k_cache.dtype} are not both bfloat16"
@@ -47,7 +48,7 @@ def rotate_and_store(
     Raises:
       NotImplementedError: with the reason, if it can't.
     """
-    if reason := unsupported(fused, k_cache, heads):
+    if reason := unsupported(fused, k_cache, heads, ring):
         raise NotImplementedError(reason)
     batch, tokens, chunks, _ = fused.shape
     kv_heads = chunks * heads.kv_heads

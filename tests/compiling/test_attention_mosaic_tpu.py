@@ -13,6 +13,7 @@ from pallas_kernels.attention import cases as attention_cases
 from pallas_kernels.attention.mosaic_tpu import attention
 from pallas_kernels.decode_attention import cases as decode_cases
 from pallas_kernels.decode_attention.mosaic_tpu import decode_attention
+from pallas_kernels.rotate_and_store.mosaic_tpu import store
 
 ShapeDtype = jax.ShapeDtypeStruct
 # To another layout, of arrays of four dimensions, which keys and values have and queries don't.
@@ -94,19 +95,13 @@ def test_other_heads(sizes, tpu):
 
 @pytest.mark.parametrize("tpu", targets.TPUS, ids=lambda t: t.name)
 def test_a_loop_that_writes_into_a_cache(tpu):
-    """With slices: after a scatter XLA has the keys of several sequences in another layout."""
     case = decode_cases.REAL["16 of 4k x1"]
-
-    def write(old, new, positions):
-        for b in range(old.shape[0]):
-            old = jax.lax.dynamic_update_slice(old, new[b : b + 1], (b, positions[b, 0], 0, 0))
-        return old
 
     def steps(q, k, v, positions):
         def step(_, state):
             q, k, v, positions = state
-            k = write(k, q[:, :, :, 0], positions)
-            v = write(v, q[:, :, :, 0, : case.value], positions)
+            k = store(k, q[:, :, :, 0], positions, ring=False)
+            v = store(v, q[:, :, :, 0, : case.value], positions, ring=False)
             y = decode_attention(q, k, v, positions)
             q = q.at[..., : case.value].add(y)
             return q, k, v, positions + 1

@@ -37,7 +37,8 @@ def compiled(hardware, layers, batch, tokens, slots=4096):
     ("hardware", "batch", "tokens"),
     [
         *[(targets.HOPPER, batch, tokens) for batch, tokens in ((1, 1), (1, 8), (16, 8))],
-        (targets.V5P, 1, 1),  # for several tokens XLA copies the full layers' keys (LOG.md)
+        *[(targets.V5P, batch, tokens) for batch, tokens in ((1, 1), (4, 8))],
+        (targets.V5E, 4, 8),
     ],
     ids=lambda x: getattr(x, "name", str(x)),
 )
