@@ -215,6 +215,22 @@ def test_metrics_a_profile_and_lines_of_progress(generate, monkeypatch, tmp_path
     assert "tokens a round" in done.stderr
 
 
+def test_a_terminal_has_a_bar_that_goes_away(generate, monkeypatch):
+    monkeypatch.setattr(progress, "BAR_EVERY", 0.0)
+    monkeypatch.setattr(progress, "LINE_EVERY", 0.0)
+    for name, value in {"FORCE_COLOR": "1", "TERM": "xterm", "COLUMNS": "160"}.items():
+        monkeypatch.setenv(name, value)
+    done, _ = generate(MANY, "--speculative", "mtp")
+    assert done.exit_code == 0, done.stderr
+    # The console's codes: a line is erased (2K) before it is written again.
+    frames = re.sub(r"\x1b\[(?!2K)[0-9;?]*[a-zA-Z]", "", done.stderr).split("\x1b[2K")
+    assert any("━" in frame and " 0/20 " in frame for frame in frames)
+    state = r" 20/20 \d+:\d\d:\d\d \d+ tokens/s out, \d+ in; 0 running, 0 waiting; cache "
+    assert any(re.search(state, frame) and "tokens a round" in frame for frame in frames)
+    assert "━" not in frames[-1].split("20 of 20 requests done")[0]
+    assert "requests done; " not in done.stderr  # which lines of a log have
+
+
 def test_metrics_end_with_a_full_disk_and_the_run_does_not(generate, monkeypatch):
     monkeypatch.setattr(progress, "METRICS_EVERY", 0.0)
     done, out = generate(MANY[:3], "--metrics", "/dev/full")
