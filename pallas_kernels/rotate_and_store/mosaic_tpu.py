@@ -91,28 +91,26 @@ def store(
         block = _block(scalars, b, j)
         return b, jax.lax.rem(block, slots // n) if ring else block
 
-    def piece(b: Any, j: Any, *scalars: Any, before: int = 0) -> tuple[Any, Any]:
+    def piece(b: Any, j: Any, *scalars: Any, before: int) -> tuple[Any, Any]:
         return b, jnp.clip(_block(scalars, b, j) - scalars[2][b] - before, 0, pieces - 1)
 
     view = layout.view(cache)
+    # A block of slots has tokens of two pieces, if there are as many.
+    sources = [layout.spec(functools.partial(piece, before=i)) for i in range(min(pieces, 2))]
     view = pl.pallas_call(
         functools.partial(_kernel, layout=layout),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
             grid=(batch, pl.cdiv(tokens - 1, n) + 1),
-            in_specs=[
-                layout.spec(piece),
-                layout.spec(functools.partial(piece, before=1)),
-                layout.spec(old),
-            ],
+            in_specs=[*sources, layout.spec(old)],
             out_specs=layout.spec(old),
         ),
         out_shape=jax.ShapeDtypeStruct(view.shape, view.dtype),
-        input_output_aliases={len(scalars) + 2: 0},
+        input_output_aliases={len(scalars) + len(sources): 0},
         compiler_params=mosaic_tpu.compiler_params("parallel", "arbitrary"),
         interpret=interpret,
         name="store",
-    )(*scalars, *[layout.view(new)] * 2, view)
+    )(*scalars, *[layout.view(new)] * len(sources), view)
     return layout.unview(view)
 
 
@@ -148,7 +146,8 @@ def _block(scalars: Sequence[Any], b: Any, j: Any) -> Any:
 
 
 def _kernel(*refs: Any, layout: Layout) -> None:
-    *scalars, new_ref, before_ref, old_ref, out_ref = refs
+    scalars, (*sources, old_ref, out_ref) = refs[:6], refs[6:]
+    new_ref, before_ref = sources[0], sources[-1]
     b, j = pl.program_id(0), pl.program_id(1)
     _, _, piece, shift, low, high = (ref[b] for ref in scalars)
     # Slot i has token start + i: of this piece from slot `shift` on, and else of the one before.
@@ -177,10 +176,8 @@ def _kernel(*refs: Any, layout: Layout) -> None:
 
     def put_head(h: Any, _: None) -> None:
         # Registers are rotated as 32-bit numbers.
-        new, before = (
-            pltpu.roll(ref[h].astype(jnp.float32), shift, axis) for ref in (new_ref, before_ref)
-        )
-        new = jnp.where(slot >= shift, new, before).astype(out_ref.dtype)
+        parts = [pltpu.roll(ref[h].astype(jnp.float32), shift, axis) for ref in sources]
+        new = jnp.where(slot >= shift, parts[0], parts[-1]).astype(out_ref.dtype)
         out_ref[h] = jnp.where(stored, new, old_ref[h])
 
     jax.lax.fori_loop(0, layout.heads, put_head, None)
