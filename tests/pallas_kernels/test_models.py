@@ -71,10 +71,11 @@ def test_parts_that_share_blocks_of_scales():
         loaded("triton", "expert=2,tensor=2")
 
 
-def test_greedy_tokens_of_kernels():
+@pytest.mark.parametrize("kernels", ["triton", "mosaic_tpu"])
+def test_greedy_tokens_of_kernels(kernels):
     params = mj.SamplingParams(temperature=0.0, max_tokens=4)
     with backends.interpreted():
-        got = loaded("triton").generate([IDS[0].tolist()], params)[0].token_ids
+        got = loaded(kernels).generate([IDS[0].tolist()], params)[0].token_ids
     assert len(got) == 4
     expected = loaded().generate([IDS[0].tolist()], params)[0].token_ids
     assert got == expected
