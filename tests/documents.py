@@ -32,6 +32,7 @@ from sybil.parsers.markdown import CodeBlockParser, SkipParser
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("scripts", "examples", "notebooks", "benchmarks", "mimo_jax")
 NUMBER = re.compile(r"\d[\d,]*\.\d+")
+# Blanks after the first in a line, and strokes of a frame; with its groups, one of each is left.
 WIDTH = re.compile(r"(?<=\S)( ) +|([─━])\2+")
 END_OF_COMMAND = re.compile(r"(?<!\\)\n")
 TIMEOUT = 900  # seconds; only against what never ends

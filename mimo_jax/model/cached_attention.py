@@ -68,7 +68,7 @@ def cached_attention(
     """
     ring, t = window is not None, fused.shape[1]
     rows = P(*entries(fused)[:3])
-    look: Callable[..., Any] = _in_order
+    look: Callable[..., Any]
     few = cache is not None and refused(t, cache.k.shape[1], window) is None
     if not few and not causal:
         raise ValueError(f"{t} tokens that see each other need a cache, and to be few")
@@ -76,14 +76,11 @@ def cached_attention(
         into = functools.partial(rotate_and_store, heads=heads, ring=ring, kernels=kernels)
         q, *new = on_mesh(into, rows, fused, positions, cache.k, cache.v)
         cache = LayerCache(*new)
-        held = (cache,)
-        if few:
-            look = functools.partial(_at_slots, causal=causal)
-        else:
-            look = functools.partial(_in_order, whole=True)
+        at_slots = functools.partial(_at_slots, causal=causal)
+        look, held = at_slots if few else functools.partial(_in_order, whole=True), (cache,)
     else:
         q, k, v = on_mesh(functools.partial(split, heads=heads), rows, fused, positions)
-        held = (LayerCache(k, v), cache)
+        look, held = _in_order, (LayerCache(k, v), cache)
         if cache is not None:
             put = functools.partial(store, ring=ring)
             pairs = ((cache.k, k), (cache.v, v))

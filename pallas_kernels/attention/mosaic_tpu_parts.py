@@ -76,10 +76,17 @@ def refused(q: Any, k: Any, v: Any) -> str | None:
     if not q.dtype == k.dtype == v.dtype == jnp.bfloat16:
         return f"{q.dtype}, {k.dtype} and {v.dtype} are not all bfloat16"
     head, width = q.shape[-1], v.shape[-1]
-    if head % SUBLANES or width % SUBLANES:
-        return f"heads of {head} and {width}: both must be multiples of {SUBLANES}"
+    if reason := refused_widths(head, width):
+        return reason
     if LANES * _key_bytes(k, v) > _key_memory():
         return f"{k.shape[2]} KV heads of {head} and {width} are more than fit in VMEM together"
+    return None
+
+
+def refused_widths(head: int, width: int) -> str | None:
+    """Why keys and values of these widths have no `Layout` for kernels; None if they have."""
+    if head % SUBLANES or width % SUBLANES:
+        return f"heads of {head} and {width}: both must be multiples of {SUBLANES}"
     return None
 
 

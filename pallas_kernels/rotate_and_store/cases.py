@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
@@ -61,17 +62,25 @@ SMALL = {
 }
 
 
+def shapes(case: Case) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Of the arguments of the operation: the projection, positions, keys and values."""
+    batch, h = len(case.newest), case.heads
+    kv = case.chunks * h.kv_heads
+    return (
+        jax.ShapeDtypeStruct((batch, case.tokens, case.chunks, sum(h.rows)), jnp.bfloat16),
+        jax.ShapeDtypeStruct((batch, case.tokens), jnp.int32),
+        jax.ShapeDtypeStruct((batch, case.slots, kv, h.head), jnp.bfloat16),
+        jax.ShapeDtypeStruct((batch, case.slots, kv, h.value), jnp.bfloat16),
+    )
+
+
 def arrays(case: Case, seed: int) -> tuple[tuple[Array, ...], dict[str, Any]]:
     """Arguments of the operation (bfloat16, and int32 positions), and its options."""
     rng = np.random.default_rng(seed)
-    batch, h = len(case.newest), case.heads
-    kv = case.chunks * h.kv_heads
-    shapes = (
-        (batch, case.tokens, case.chunks, sum(h.rows)),
-        (batch, case.slots, kv, h.head),
-        (batch, case.slots, kv, h.value),
+    given, at, *caches = shapes(case)
+    fused, k, v = (
+        jnp.asarray(rng.standard_normal(a.shape, np.float32), a.dtype) for a in (given, *caches)
     )
-    fused, k, v = (jnp.asarray(rng.standard_normal(s, np.float32), jnp.bfloat16) for s in shapes)
     newest = np.asarray(case.newest)[:, None]
     positions = np.where(newest < 0, -1, newest - np.arange(case.tokens)[::-1])
-    return (fused, jnp.asarray(positions, jnp.int32), k, v), {"heads": h, "ring": case.ring}
+    return (fused, jnp.asarray(positions, at.dtype), k, v), {"heads": case.heads, "ring": case.ring}

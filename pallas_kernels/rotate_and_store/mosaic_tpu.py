@@ -19,7 +19,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int, Int32
 
 from pallas_kernels import mosaic_tpu
-from pallas_kernels.attention.mosaic_tpu_parts import Layout
+from pallas_kernels.attention.mosaic_tpu_parts import Layout, refused_widths
 from pallas_kernels.mosaic_tpu import LANES, SUBLANES
 from pallas_kernels.rotate_and_store.reference import Heads, split
 
@@ -29,8 +29,8 @@ def unsupported(fused: Any, k_cache: Any, heads: Heads, ring: bool) -> str | Non
     tokens, (slots, kv_heads) = fused.shape[1], k_cache.shape[1:3]
     if k_cache.dtype != jnp.bfloat16:
         return f"a cache of {k_cache.dtype} is not bfloat16"
-    if heads.head % SUBLANES or heads.value % SUBLANES:
-        return f"heads of {heads.head} and {heads.value}: both must be multiples of {SUBLANES}"
+    if reason := refused_widths(heads.head, heads.value):
+        return reason
     if slots < LANES or (ring and slots % LANES):
         of = "at least" if slots < LANES else "a multiple of"
         return f"{slots} slots: there must be {of} {LANES}"

@@ -26,7 +26,7 @@ interpreted = {
 def possible(kernel):
     """Cases that a kernel does."""
     for name, case in cases.SMALL.items():
-        fused, _, k, _ = cases.arrays(case, 0)[0]
+        fused, _, k, _ = cases.shapes(case)
         if kernel.unsupported(fused, k, case.heads, case.ring) is None:
             yield pytest.param(kernel, case, id=f"{kernel.__name__.split('.')[-1]}-{name}")
 
