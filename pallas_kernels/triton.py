@@ -47,7 +47,7 @@ def decode(
 
 
 def mxfp4_products(
-    tiles: Sequence[tuple[Callable[[Any], Any], Callable[[Any], Any]]],
+    tiles: Sequence[Callable[[Any], tuple[UInt16[Array, "M 32"], UInt32[Array, " M"]]]],
     columns_of_x: Callable[[Int[Array, " 32"]], Float[Array, "32 N"]],
     *,
     rows: int,
@@ -59,7 +59,7 @@ def mxfp4_products(
     """Products of several tiles of rows with the same tokens, over all columns.
 
     Args:
-      tiles: for each, functions from a column tile to the refs of its words [M, 32] and scales [M].
+      tiles: for each, a function that loads its words and scales of a column tile.
       columns_of_x: the tokens' values at some columns, bfloat16.
       rows, tokens: M and N.
       steps: column tiles.
@@ -70,7 +70,7 @@ def mxfp4_products(
     def body(i: Any, sums: list[Array]) -> list[Array]:
         for tile in range(unroll):
             at = i * unroll + tile
-            loaded = [(plt.load(words(at)), plt.load(scales(at))) for words, scales in tiles]
+            loaded = [load(at) for load in tiles]
             for j in range(GROUPS):
                 columns = at * TILE_COLUMNS + 32 * j + jnp.arange(32)
                 x = columns_of_x(columns)

@@ -16,12 +16,14 @@ from pallas_kernels.moe import (
     split_scores,
     triton,
     triton_many,
+    triton_one,
     triton_route,
     triton_scores,
 )
 
 # Preferred first.  Few tokens: Triton is faster than Mosaic GPU; many: the other way round.
 IMPLEMENTATIONS = (
+    Implementation("triton", triton_one.unsupported, triton_one.moe),
     Implementation("triton", triton.unsupported, triton.moe),
     Implementation("mosaic_gpu", mosaic_gpu.unsupported, mosaic_gpu.moe),
     Implementation("triton", triton_many.unsupported, triton_many.moe),

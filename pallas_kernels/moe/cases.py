@@ -51,6 +51,7 @@ REAL = {
 # Small enough to be interpreted.
 SMALL = {
     "one token": Case(1, 256, 128, 6, 4),
+    "one token, experts elsewhere": Case(1, 128, 128, 5, 3, "elsewhere"),
     "a few": Case(5, 256, 128, 6, 4),
     "eight of an expert": Case(8, 128, 128, 4, 2, "one"),
     "all to one expert": Case(20, 128, 128, 4, 1, "one"),

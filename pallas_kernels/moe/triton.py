@@ -107,12 +107,11 @@ def moe(
     pairs = tokens * top_k
     filled = pl.next_power_of_2(pairs)
     expert = jnp.pad(chosen.reshape(-1), (0, filled - pairs), constant_values=-1)
-    common = {"one_token": tokens == 1, "interpret": interpret}
     if config.together:
-        y = _both_products(expert, x, gate, up, down, pairs, config, common)
+        y = _both_products(expert, x, gate, up, down, pairs, config, interpret)
     else:
-        h = _product(expert, x, [gate, up], pairs, config.up, common)
-        y = _product(expert, h, [down], pairs, config.down, common)
+        h = _product(expert, x, [gate, up], pairs, config.up, interpret)
+        y = _product(expert, h, [down], pairs, config.down, interpret)
     return weighted_sum(y.reshape(tokens, top_k, -1)[..., : down.rows], weights, chosen, gate)
 
 
@@ -122,7 +121,7 @@ def _product(
     stacks: list[MXFP4Words],
     pairs: int,
     tiling: Tiling,
-    common: dict[str, Any],
+    interpret: bool,
 ) -> Float[Array, "pairs F"]:
     """For each pair its expert's product with its row of x (a token's pairs may share one), or with
     two stacks of weights silu of the product with the first times that with the second."""
@@ -135,7 +134,7 @@ def _product(
 
     def kernel(expert_ref: Any, x_ref: Any, *refs: Any) -> None:
         row_tile, pair, split = pl.program_id(0), pl.program_id(1), pl.program_id(2)
-        mine = _Pair(expert_ref, pair, stacks[0].words.shape[0], **common)
+        mine = _Pair(expert_ref, pair, stacks[0].words.shape[0], interpret)
 
         @pl.when(mine.leads)
         def work() -> None:
@@ -151,7 +150,7 @@ def _product(
         in_specs=[ANYWHERE] * (2 + len(arrays)),
         out_specs=ANYWHERE,
         compiler_params=plt.CompilerParams(num_warps=tiling.warps, num_stages=tiling.stages),
-        interpret=common["interpret"],
+        interpret=interpret,
         name="moe_up" if len(stacks) == 2 else "moe_down",
     )(expert, x, *arrays)
     if splits == 1:
@@ -167,7 +166,7 @@ def _both_products(
     down: MXFP4Words,
     pairs: int,
     config: Config,
-    common: dict[str, Any],
+    interpret: bool,
 ) -> Float[Array, "pairs F"]:
     """`_product` with gate and up, and of that with down.
 
@@ -179,7 +178,6 @@ def _both_products(
     up_tiles, down_tiles = width // config.up.rows, dim // config.down.rows
     of_up = pairs * up_tiles
     arrays = _arrays([gate, up, down])
-    interpret = common["interpret"]
 
     def kernel(expert_ref: Any, x_ref: Any, *refs: Any) -> None:
         *stacks, _, count_ref, h_ref, y_ref = refs
@@ -188,7 +186,7 @@ def _both_products(
         item = jnp.where(is_up, item, item - of_up)
         pair = jnp.where(is_up, item // up_tiles, item // down_tiles)
         row_tile = jnp.where(is_up, item % up_tiles, item % down_tiles)
-        mine = _Pair(expert_ref, pair, gate.words.shape[0], **common)
+        mine = _Pair(expert_ref, pair, gate.words.shape[0], interpret)
 
         @pl.when(mine.leads & is_up)
         def multiply_up() -> None:
@@ -258,31 +256,25 @@ class _Pair:
       expert_ref: experts of all pairs.
       pair: which it is.
       n_experts: of the stacks of weights.
-      one_token: there is only one, which has its experts to itself.
       interpret: the kernel is interpreted.
     """
 
     expert_ref: Any
     pair: Int[Array, ""]
     n_experts: int
-    one_token: bool
     interpret: bool
 
     def __post_init__(self) -> None:
         self.expert = plt.load(self.expert_ref.at[self.pair])
         self.same = plt.load(self.expert_ref.at[:]) == self.expert
         self.index = jnp.arange(self.same.shape[0])
-        self.earlier = jnp.zeros((), jnp.int32)
-        if not self.one_token:
-            self.earlier = jnp.sum((self.same & (self.index < self.pair)).astype(jnp.int32))
+        self.earlier = jnp.sum((self.same & (self.index < self.pair)).astype(jnp.int32))
         here = (self.expert >= 0) & (self.expert < self.n_experts)
         self.leads = here & (self.earlier % COLUMNS == 0)
 
     def columns(self) -> tuple[Int[Array, " 8"], Bool[Array, "1 8"]]:
         """The pairs it works on, and which of the columns there are."""
         column = jnp.arange(COLUMNS)
-        if self.one_token:
-            return jnp.where(column == 0, self.pair, 0), (column == 0)[None, :]
         rank = jnp.cumsum(self.same.astype(jnp.int32)) - 1 - self.earlier
         hit = self.same[:, None] & (rank[:, None] == column[None, :])
         pair = jnp.sum(jnp.where(hit, self.index[:, None], 0), axis=0)
@@ -314,19 +306,19 @@ class _Pair:
         splits = out_ref.shape[0] if len(out_ref.shape) == 4 else 1
         steps = stacks[0].shape[2] // splits
 
-        def tile(words: Any, scales: Any, row: Any) -> tuple[Any, Any]:
+        def tile(words: Any, scales: Any, row: Any, at: Any) -> tuple[Any, Any]:
             which, within = row // TILE_ROWS, row % TILE_ROWS
-            part = pl.ds(within, min(tiling.rows, TILE_ROWS))
+            step, part = first_step + at, pl.ds(within, min(tiling.rows, TILE_ROWS))
             return (
-                lambda at: words.at[self.expert, which, first_step + at, part, :],
-                lambda at: scales.at[self.expert, which, first_step + at, part],
+                plt.load(words.at[self.expert, which, step, part, :]),
+                plt.load(scales.at[self.expert, which, step, part]),
             )
 
         first, first_step = row_tile * tiling.rows, split * steps
         starts = [first + r for r in range(0, tiling.rows, TILE_ROWS)]
         pairs_of_refs = list(zip(stacks[0::2], stacks[1::2]))
         products = mxfp4_products(
-            [tile(words, scales, row) for words, scales in pairs_of_refs for row in starts],
+            [functools.partial(tile, *refs, row) for refs in pairs_of_refs for row in starts],
             lambda at: plt.load(x_ref.at[rows[None, :], first_step * TILE_COLUMNS + at[:, None]]),
             rows=min(tiling.rows, TILE_ROWS),
             tokens=COLUMNS,

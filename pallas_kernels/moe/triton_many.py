@@ -156,17 +156,17 @@ def _kernel(
         at = first + jnp.arange(tokens)
         source = plt.load(token_ref.at[pl.ds(first, tokens)]) if gathered else at
 
-        def refs_of(words: Any, scales: Any) -> tuple[Any, Any]:
+        def load(words: Any, scales: Any, step: Any) -> tuple[Any, Any]:
             # Tiles of rows lie apart, so each row is told where it is.
             which, within = row // TILE_ROWS, row % TILE_ROWS
             word = jnp.arange(words.shape[-1])
             return (
-                lambda step: words.at[expert, which[:, None], step, within[:, None], word[None, :]],
-                lambda step: scales.at[expert, which, step, within],
+                plt.load(words.at[expert, which[:, None], step, within[:, None], word[None, :]]),
+                plt.load(scales.at[expert, which, step, within]),
             )
 
         products = mxfp4_products(
-            [refs_of(words, scales) for words, scales in zip(stacks[0::2], stacks[1::2])],
+            [functools.partial(load, *stack) for stack in zip(stacks[0::2], stacks[1::2])],
             lambda columns: plt.load(x_ref.at[source[None, :], columns[:, None]]),
             rows=rows,
             tokens=tokens,

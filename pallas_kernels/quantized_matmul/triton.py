@@ -213,14 +213,15 @@ def _mxfp4_products(
     rows: int,
     **options: Any,
 ) -> list[Array]:
-    def tile(index: Any, matrix: Any, row_tile: Any, row: Any) -> tuple[Any, Any]:
-        within = pl.ds(row, rows)
+    def tile(index: Any, matrix: Any, row_tile: Any, row: Any, at: Any) -> tuple[Any, Any]:
+        step, within = first_step + at, pl.ds(row, rows)
         return (
-            lambda at: words_ref.at[index, first_step + at, within, :],
-            lambda at: scales_ref.at[matrix, row_tile, first_step + at, within],
+            plt.load(words_ref.at[index, step, within, :]),
+            plt.load(scales_ref.at[matrix, row_tile, step, within]),
         )
 
-    return mxfp4_products([tile(*t) for t in tiles], columns_of_x, rows=rows, **options)
+    loaders = [functools.partial(tile, *t) for t in tiles]
+    return mxfp4_products(loaders, columns_of_x, rows=rows, **options)
 
 
 def _fp8_products(

@@ -13,7 +13,7 @@ from pallas_kernels.decode_attention import cases as decode_cases
 from pallas_kernels.decode_attention.triton import decode_attention
 from pallas_kernels.formats import FP8Array, MXFP4Array
 from pallas_kernels.moe import cases as moe_cases
-from pallas_kernels.moe import triton, triton_many, triton_route, triton_scores
+from pallas_kernels.moe import triton, triton_many, triton_one, triton_route, triton_scores
 from pallas_kernels.quantized_matmul import cases as matmul_cases
 from pallas_kernels.quantized_matmul.triton import quantized_matmul
 from pallas_kernels.rms_norm.triton import rms_norm
@@ -50,7 +50,8 @@ def moe_arguments(case: moe_cases.Case) -> tuple:
 @pytest.mark.parametrize("name", moe_cases.REAL)
 def test_moe(name):
     case = moe_cases.REAL[name]
-    form = triton if case.tokens <= triton.MAX_TOKENS else triton_many
+    few = triton_one if case.tokens == 1 else triton
+    form = few if case.tokens <= triton.MAX_TOKENS else triton_many
     targets.compile(targets.HOPPER, form.moe, *moe_arguments(case))
 
 

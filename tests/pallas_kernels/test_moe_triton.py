@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 
 from pallas_kernels import words
-from pallas_kernels.moe import cases, reference, triton, triton_route, triton_scores
+from pallas_kernels.moe import cases, reference, triton, triton_one, triton_route, triton_scores
 from pallas_kernels.moe.triton import Config, Tiling
 
 BF16_ERROR = 5e-3
 pack = jax.jit(words.pack)
 definition = jax.jit(reference.moe)
 interpreted = jax.jit(functools.partial(triton.moe, interpret=True), static_argnames="config")
+of_one = jax.jit(functools.partial(triton_one.moe, interpret=True), static_argnames="config")
 
 
 def relative_error(got, expected) -> float:
@@ -61,6 +62,46 @@ def test_both_products_in_one_kernel(name):
 
 
 @pytest.mark.parametrize(
+    "case",
+    [
+        *[case for case in cases.SMALL.values() if case.tokens == 1],
+        cases.Case(1, 96, 160, 12, 10),  # more experts than columns, sizes off the grid
+        cases.Case(1, 384, 160, 3, 1),  # three column tiles, which no splits divide
+    ],
+    ids=str,
+)
+def test_one_token_against_the_reference(case):
+    stacks, (x, weights, chosen) = cases.experts(case, 1), cases.tokens(case, 2)
+    expected = definition(x.astype(jnp.float32), weights, chosen, *stacks)
+    got = of_one(x, weights, chosen, *map(pack, stacks))
+    assert got.dtype == jnp.float32
+    assert relative_error(got, expected) < BF16_ERROR
+
+
+def test_one_token_by_ranges_of_columns():
+    case = cases.Case(1, 1024, 128, 4, 3)
+    stacks, given = tuple(map(pack, cases.experts(case, 3))), cases.tokens(case, 4)
+    whole, *parts = [
+        of_one(*given, *stacks, config=triton_one.Config(up, triton_one.Tiling(16), splits))
+        for up, splits in [
+            (triton_one.Tiling(16), 1),
+            (triton_one.Tiling(64), 2),
+            (triton_one.Tiling(32), 8),
+        ]
+    ]
+    for part in parts:  # Only the order of float32 additions is another.
+        assert relative_error(part, whole) < 1e-3
+
+
+def test_one_token_whose_experts_are_all_elsewhere():
+    case = cases.SMALL["one token"]
+    x, weights, chosen = cases.tokens(case, 2)
+    stacks = list(map(pack, cases.experts(case, 1)))
+    for away in (chosen + case.experts, -1 - chosen):
+        assert not of_one(x, weights, away, *stacks).any()
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda x, chosen, gate: (x.astype(jnp.float32), chosen, gate), "float32"),
@@ -74,6 +115,13 @@ def test_what_they_cannot_do(change, message):
     x, chosen, gate = change(x, chosen, gate)
     with pytest.raises(NotImplementedError, match=message):
         triton.moe(x, jnp.ones(chosen.shape), chosen, gate, up, down)
+
+
+def test_more_tokens_than_one():
+    case = cases.SMALL["a few"]
+    gate, up, down = map(pack, cases.experts(case, 1))
+    with pytest.raises(NotImplementedError, match="5 tokens are more than one"):
+        triton_one.moe(*cases.tokens(case, 2), gate, up, down)
 
 
 def test_weights_that_were_not_packed():
