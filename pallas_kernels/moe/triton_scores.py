@@ -1,10 +1,13 @@
-"""Router scores of few tokens, in Triton: one program an expert, in float32.
+"""Router scores of few tokens, in Triton, in float32: the router is read once, as it is.
 
-XLA's exact product for one token and the sigmoid after it take several kernels.
+Up to eight tokens, a program an expert multiplies and adds.  More have matrix instructions: a
+float32 number is the sum of three bfloat16 numbers, whose products with bfloat16 activations are
+exact, and which are made of it in registers (`split_scores` makes them in memory).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -14,18 +17,48 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float
 
-MAX_TOKENS = 8
+from pallas_kernels.triton import ANYWHERE
+
+MAX_TOKENS = 64
+FEW_TOKENS = 8  # up to which they are multiplied without matrix instructions
 BLOCK = 1024  # columns at a time
+UPPER_HALF = -(2**16)  # of 32 bits: sign, exponent and 7 bits of mantissa of a float32 number
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """How the product of more than `FEW_TOKENS` is cut.
+
+    Attributes:
+      experts: of a program.
+      columns: at a time.
+      splits: programs that share the columns; XLA adds up their sums.
+      stages, warps: for Triton.
+    """
+
+    experts: int = 16
+    columns: int = 64
+    splits: int = 16
+    stages: int = 3
+    warps: int = 2
 
 
 def unsupported(x: Any, router: Any) -> str | None:
-    """Why this kernel can't do a case; None if it can."""
+    """Why these kernels can't do a case; None if they can."""
     del router
-    return f"{len(x)} tokens are more than {MAX_TOKENS}" if len(x) > MAX_TOKENS else None
+    if len(x) > MAX_TOKENS:
+        return f"{len(x)} tokens are more than {MAX_TOKENS}"
+    if len(x) > FEW_TOKENS and x.dtype != jnp.bfloat16:
+        return f"activations are {x.dtype} and not bfloat16, and more than {FEW_TOKENS}"
+    return None
 
 
 def scores(
-    x: Float[Array, "P D"], router: Float[Array, "E D"], *, interpret: bool = False
+    x: Float[Array, "P D"],
+    router: Float[Array, "E D"],
+    *,
+    config: Config | None = None,
+    interpret: bool = False,
 ) -> Float[Array, "P E"]:
     """`reference.scores`.
 
@@ -34,13 +67,14 @@ def scores(
     """
     if reason := unsupported(x, router):
         raise NotImplementedError(reason)
-    anywhere = pl.BlockSpec(memory_space=pl.ANY)
+    if len(x) > FEW_TOKENS:
+        return _by_matrix_instructions(x, router, config or Config(), interpret)
     return pl.pallas_call(
         functools.partial(_kernel, tokens=len(x), dim=x.shape[1]),
         out_shape=jax.ShapeDtypeStruct((len(x), len(router)), jnp.float32),
         grid=(len(router),),
-        in_specs=[anywhere] * 2,
-        out_specs=anywhere,
+        in_specs=[ANYWHERE] * 2,
+        out_specs=ANYWHERE,
         compiler_params=plt.CompilerParams(num_warps=4, num_stages=1),
         interpret=interpret,
         name="moe_scores",
@@ -58,6 +92,67 @@ def _kernel(x_ref: Any, router_ref: Any, out_ref: Any, *, tokens: int, dim: int)
         for t in range(tokens):
             value = plt.load(x_ref.at[t, column], mask=there, other=0.0)
             sums[t] += weight.astype(jnp.float32) * value.astype(jnp.float32)
-    token = jnp.arange(MAX_TOKENS)
+    token = jnp.arange(FEW_TOKENS)
     logits = sum(jnp.where(token == t, jnp.sum(sums[t]), 0.0) for t in range(tokens))
     plt.store(out_ref.at[token, expert], jax.nn.sigmoid(logits), mask=token < tokens)
+
+
+def _by_matrix_instructions(
+    x: Float[Array, "P D"], router: Float[Array, "E D"], config: Config, interpret: bool
+) -> Float[Array, "P E"]:
+    tokens, dim = x.shape
+    n_experts = len(router)
+    steps = pl.cdiv(dim, config.columns * config.splits)
+
+    def kernel(x_ref: Any, router_ref: Any, out_ref: Any) -> None:
+        split = pl.program_id(1)
+        expert = pl.program_id(0) * config.experts + jnp.arange(config.experts)
+        token = jnp.arange(max(16, pl.next_power_of_2(tokens)))
+
+        def body(step: Any, sums: tuple[Array, ...]) -> tuple[Array, ...]:
+            column = (split * steps + step) * config.columns + jnp.arange(config.columns)
+            weights = plt.load(
+                router_ref.at[expert[:, None], column[None, :]],
+                mask=(expert < n_experts)[:, None] & (column < dim)[None, :],
+                other=0.0,
+            )
+            values = plt.load(
+                x_ref.at[token[None, :], column[:, None]],
+                mask=(token < tokens)[None, :] & (column < dim)[:, None],
+                other=0.0,
+            )
+            return tuple(
+                total + plt.dot(part, values)
+                for total, part in zip(sums, _thirds(weights.astype(jnp.float32)))
+            )
+
+        zeros = jnp.zeros((len(expert), len(token)), jnp.float32)
+        first, second, third = jax.lax.fori_loop(0, steps, body, (zeros,) * 3)
+        plt.store(
+            out_ref.at[split, token[None, :], expert[:, None]],
+            first + (second + third),
+            mask=(token < tokens)[None, :] & (expert < n_experts)[:, None],
+        )
+
+    parts = pl.pallas_call(
+        kernel,
+        out_shape=jax.ShapeDtypeStruct((config.splits, tokens, n_experts), jnp.float32),
+        grid=(pl.cdiv(n_experts, config.experts), config.splits),
+        in_specs=[ANYWHERE] * 2,
+        out_specs=ANYWHERE,
+        compiler_params=plt.CompilerParams(num_warps=config.warps, num_stages=config.stages),
+        interpret=interpret,
+        name="moe_scores_matrix",
+    )(x, router)
+    return jax.nn.sigmoid(parts.sum(axis=0))
+
+
+def _thirds(w: Float[Array, "M K"]) -> list[Float[Array, "M K"]]:
+    """Three bfloat16 arrays whose sum is a float32 array: its mantissa's 24 bits by eights."""
+    parts = []
+    for _ in range(3):
+        upper = jax.lax.bitcast_convert_type(w, jnp.int32) & UPPER_HALF
+        part = jax.lax.bitcast_convert_type(upper, jnp.float32)
+        parts.append(part.astype(jnp.bfloat16))
+        w = w - part
+    return parts

@@ -61,7 +61,7 @@ def test_moe_in_one_kernel():
     targets.compile(targets.HOPPER, moe, *moe_arguments(moe_cases.REAL["pro 8"]))
 
 
-@pytest.mark.parametrize("tokens", [1, 8])
+@pytest.mark.parametrize("tokens", [1, 8, 16, 64])
 def test_routing(tokens):
     def route(x, router, bias):
         scores = triton_scores.scores(x, router)

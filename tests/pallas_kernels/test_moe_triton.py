@@ -152,11 +152,19 @@ def test_routing_refuses_what_does_not_fit_a_warp():
         triton_route.route(jnp.zeros((1, 2048)), jnp.zeros(2048), 8, normalize=True, scale=None)
 
 
-@pytest.mark.parametrize(("tokens", "dim"), [(1, 96), (8, 1536)])
+@pytest.mark.parametrize(("tokens", "dim"), [(1, 96), (8, 1536), (9, 96), (64, 1100)])
 def test_router_scores(tokens, dim):
     rng = np.random.default_rng(dim)
     x = jnp.asarray(rng.standard_normal((tokens, dim)), jnp.bfloat16)
-    router = jnp.asarray(rng.standard_normal((12, dim)) / np.sqrt(dim), jnp.float32)
+    router = jnp.asarray(rng.standard_normal((20, dim)) / np.sqrt(dim), jnp.float32)
     got = triton_scores.scores(x, router, interpret=True)
     assert relative_error(got, reference.scores(x, router)) < 1e-6
-    assert triton_scores.unsupported(jnp.zeros((9, dim)), router) == "9 tokens are more than 8"
+
+
+def test_router_scores_of_more_tokens():
+    router = jnp.zeros((4, 32))
+    assert triton_scores.unsupported(jnp.zeros((65, 32), jnp.bfloat16), router) == (
+        "65 tokens are more than 64"
+    )
+    assert triton_scores.unsupported(jnp.zeros((8, 32)), router) is None
+    assert "float32" in (triton_scores.unsupported(jnp.zeros((9, 32)), router) or "")
