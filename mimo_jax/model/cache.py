@@ -16,7 +16,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
 
 from mimo_jax.config import MiMoConfig
 from mimo_jax.model.placement import Placement
@@ -104,19 +103,24 @@ def empty_layers(
       placement: as for `init_cache`.
     """
 
-    def array(*shape: int) -> jax.ShapeDtypeStruct:
-        placed = None if placement is None else placement.sharding("cache", CACHE_AXES, shape)
-        return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=placed)
-
-    layers = tuple(LayerCache(array(batch, s, k, h), array(batch, s, k, v)) for s, k, h, v in sizes)
-    arrays, structure = jax.tree.flatten(layers)
-    return jax.tree.unflatten(structure, _zeros(tuple(arrays))())
+    return _maker(tuple(sizes), batch, jnp.dtype(dtype), placement)()
 
 
 @functools.cache
-def _zeros(arrays: tuple[jax.ShapeDtypeStruct, ...]) -> Callable[[], tuple[Array, ...]]:
+def _maker(
+    sizes: tuple[tuple[int, int, int, int], ...],
+    batch: int,
+    dtype: jnp.dtype,
+    placement: Placement | None,
+) -> Callable[[], tuple[LayerCache, ...]]:
     """What makes all arrays in one call; a call each would take the host ten milliseconds."""
+
+    def array(*shape: int) -> jax.ShapeDtypeStruct:
+        placed = None if placement is None else placement.sharding("cache", CACHE_AXES, shape)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=placed)
+
+    layers = tuple(LayerCache(array(batch, s, k, h), array(batch, s, k, v)) for s, k, h, v in sizes)
     return jax.jit(
-        lambda: tuple(jnp.zeros(a.shape, a.dtype) for a in arrays),
-        out_shardings=tuple(a.sharding for a in arrays),
+        lambda: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), layers),
+        out_shardings=jax.tree.map(lambda a: a.sharding, layers),
     )
