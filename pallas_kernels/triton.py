@@ -14,12 +14,13 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
-from jaxtyping import Array, Float, Int, UInt16, UInt32
+from jaxtyping import Array, Bool, Float, Int, UInt16, UInt32
 
-from pallas_kernels.words import GROUPS, PTX_PLACE, TILE_COLUMNS, decode_mxfp4
+from pallas_kernels.words import GROUPS, PTX_PLACE, TILE_COLUMNS, TILE_ROWS, decode_mxfp4
 
 # Where a kernel itself says what it loads.
 ANYWHERE = pl.BlockSpec(memory_space=pl.ANY)
+COLUMNS = 8  # of the narrowest matrix instruction
 
 
 def decode(
@@ -44,6 +45,38 @@ def decode(
         result_shape_dtypes=[jax.ShapeDtypeStruct(words.shape, jnp.bfloat16)],
     )
     return values
+
+
+def load_rows(
+    words: Any,
+    scales: Any,
+    expert: Int[Array, "*m"],
+    row: Int[Array, " M"],
+    step: Int[Array, "*n"],
+    *,
+    there: Bool[Array, " M"] | None = None,
+) -> tuple[UInt16[Array, "M 32"], UInt32[Array, " M"]]:
+    """Words and scales of some rows of a stack at one column tile each.
+
+    Args:
+      words, scales: refs of an `MXFP4Words`.
+      expert, step: matrix and column tile, of all rows or of each.
+      row: which they are.
+      there: whether to load a row; the others are zeros.
+    """
+    # Tiles of rows lie apart, so each row is told where it is.
+    which, within = row // TILE_ROWS, row % TILE_ROWS
+    expert_2d, step_2d = (i[:, None] if i.ndim else i for i in (expert, step))
+    word = jnp.arange(words.shape[-1])[None, :]
+    words = words.at[expert_2d, which[:, None], step_2d, within[:, None], word]
+    scales = scales.at[expert, which, step, within]
+    if there is None:
+        return plt.load(words), plt.load(scales)
+    of_words = jnp.broadcast_to(there[:, None], (len(row), word.shape[1]))
+    return (
+        plt.load(words, mask=of_words, other=jnp.uint16(0)),
+        plt.load(scales, mask=there, other=jnp.uint32(0)),
+    )
 
 
 def mxfp4_products(

@@ -23,11 +23,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.moe.combine import weighted_sum
 from pallas_kernels.packed import refused
-from pallas_kernels.triton import ANYWHERE, mxfp4_products
+from pallas_kernels.triton import ANYWHERE, COLUMNS, mxfp4_products
 from pallas_kernels.words import TILE_COLUMNS, TILE_ROWS, MXFP4Words
 
 MAX_TOKENS = 64
-COLUMNS = 8  # tokens a program: the narrowest matrix instruction
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,8 +19,8 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.moe import dispatch
 from pallas_kernels.moe.combine import weighted_sum
 from pallas_kernels.packed import refused
-from pallas_kernels.triton import mxfp4_products
-from pallas_kernels.words import TILE_COLUMNS, TILE_ROWS, MXFP4Words
+from pallas_kernels.triton import load_rows, mxfp4_products
+from pallas_kernels.words import TILE_COLUMNS, MXFP4Words
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,17 +156,11 @@ def _kernel(
         at = first + jnp.arange(tokens)
         source = plt.load(token_ref.at[pl.ds(first, tokens)]) if gathered else at
 
-        def load(words: Any, scales: Any, step: Any) -> tuple[Any, Any]:
-            # Tiles of rows lie apart, so each row is told where it is.
-            which, within = row // TILE_ROWS, row % TILE_ROWS
-            word = jnp.arange(words.shape[-1])
-            return (
-                plt.load(words.at[expert, which[:, None], step, within[:, None], word[None, :]]),
-                plt.load(scales.at[expert, which, step, within]),
-            )
-
         products = mxfp4_products(
-            [functools.partial(load, *stack) for stack in zip(stacks[0::2], stacks[1::2])],
+            [
+                lambda step, stack=stack: load_rows(*stack, expert, row, step)
+                for stack in zip(stacks[0::2], stacks[1::2])
+            ],
             lambda columns: plt.load(x_ref.at[source[None, :], columns[:, None]]),
             rows=rows,
             tokens=tokens,

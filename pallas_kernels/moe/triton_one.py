@@ -15,21 +15,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from pallas_kernels.packed import refused
-from pallas_kernels.triton import ANYWHERE, mxfp4_products
-from pallas_kernels.words import TILE_COLUMNS, TILE_ROWS, MXFP4Words
+from pallas_kernels.triton import ANYWHERE, COLUMNS, load_rows, mxfp4_products
+from pallas_kernels.words import TILE_COLUMNS, MXFP4Words
 
-COLUMNS = 8  # of the narrowest matrix instruction
-LEAST_HEIGHT = 16  # and its rows
+LEAST_HEIGHT = 16  # rows of a matrix instruction
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,8 +126,8 @@ def _gate_and_up(
             first_column = jnp.arange(COLUMNS) % splits * (steps * TILE_COLUMNS)
             products = mxfp4_products(
                 [
-                    lambda at, stack=stack: _tile(stack, mine, row, first_step + at)
-                    for stack in (stacks[:2], stacks[2:])
+                    lambda at, stack=stack: load_rows(*stack, mine, row, first_step + at)
+                    for stack in zip(stacks[0::2], stacks[1::2])
                 ],
                 lambda at: plt.load(x_ref.at[first_column[None, :] + at[:, None]]),
                 rows=height,
@@ -169,8 +167,9 @@ def _down(
     height = max(tiling.height, slots, LEAST_HEIGHT)
     rows = height // slots
 
-    def kernel(expert_ref: Any, weights_ref: Any, h_ref: Any, *refs: Any) -> None:
-        *stack, out_ref = refs
+    def kernel(
+        expert_ref: Any, weights_ref: Any, h_ref: Any, words_ref: Any, scales_ref: Any, out_ref: Any
+    ) -> None:
         tile = pl.program_id(0)
         part, row = _groups(tile, height, rows)
         pair = jnp.minimum(part, top_k - 1)
@@ -180,7 +179,7 @@ def _down(
         # Columns that no group wants repeat a pair.
         column = jnp.minimum(jnp.arange(max(COLUMNS, slots)), top_k - 1)
         [y] = mxfp4_products(
-            [lambda at: _tile(stack, mine, row, jnp.zeros_like(row) + at, here)],
+            [lambda at: load_rows(words_ref, scales_ref, mine, row, at, there=here)],
             lambda at: plt.load(h_ref.at[column[None, :], at[:, None]]),
             rows=height,
             tokens=len(column),
@@ -211,29 +210,6 @@ def _groups(
     """The group that each row of a tile is in, and the row of the weights that it is."""
     index = jnp.arange(height)
     return index // rows, tile * rows + index % rows
-
-
-def _tile(
-    stack: Sequence[Any],
-    expert: Int[Array, "*m"],
-    row: Int[Array, " M"],
-    step: Int[Array, " M"],
-    there: Bool[Array, " M"] | None = None,
-) -> tuple[Array, Array]:
-    """Words and scales of some rows, each at its own column tile; zeros for those not there."""
-    words, scales = stack
-    which, within = row // TILE_ROWS, row % TILE_ROWS
-    word = jnp.arange(words.shape[-1])[None, :]
-    of_row = expert[:, None] if expert.ndim else expert
-    words = words.at[of_row, which[:, None], step[:, None], within[:, None], word]
-    scales = scales.at[expert, which, step, within]
-    if there is None:
-        return plt.load(words), plt.load(scales)
-    of_words = jnp.broadcast_to(there[:, None], (len(row), word.shape[1]))
-    return (
-        plt.load(words, mask=of_words, other=jnp.uint16(0)),
-        plt.load(scales, mask=there, other=jnp.uint32(0)),
-    )
 
 
 def _own(y: Float[Array, "M N"], part: Int[Array, " M"]) -> Float[Array, " M"]:
