@@ -79,6 +79,14 @@ def load_rows(
     )
 
 
+def joined(products: Sequence[Array]) -> Array:
+    """The product with one stack of weights; of two, silu of the first times the second."""
+    if len(products) == 1:
+        return products[0]
+    gate, up = products
+    return gate * jax.nn.sigmoid(gate) * up
+
+
 def mxfp4_products(
     tiles: Sequence[Callable[[Any], tuple[UInt16[Array, "M 32"], UInt32[Array, " M"]]]],
     columns_of_x: Callable[[Int[Array, " 32"]], Float[Array, "32 N"]],

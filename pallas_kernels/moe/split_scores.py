@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+UPPER_HALF = -(2**16)  # of 32 bits: sign, exponent and 7 bits of mantissa of a float32 number
+
 
 def unsupported(x: Any, router: Any) -> str | None:
     """Why this can't do a case; None if it can."""
@@ -31,21 +33,22 @@ def scores(
     del interpret  # nothing to interpret
     if reason := unsupported(x, router):
         raise NotImplementedError(reason)
-    parts = thirds(router.astype(jnp.float32))
+    parts = jnp.concatenate(thirds(router.astype(jnp.float32)))
     products = jnp.einsum("pd,ed->pe", x, parts, preferred_element_type=jnp.float32)
     first, second, third = jnp.split(products, 3, axis=1)
     return jax.nn.sigmoid(first + (second + third))
 
 
-def thirds(w: Float[Array, "E D"]) -> Float[Array, "3*E D"]:
-    """Three bfloat16 arrays, one above the other, whose sum is a float32 array.
+def thirds(w: Float[Array, "E D"]) -> list[Float[Array, "E D"]]:
+    """Three bfloat16 arrays whose sum is a float32 array: its mantissa's 24 bits by eights.
 
     Exactly, but for numbers below 2^-102, whose last part may be no normal number.
     """
     parts = []
     for _ in range(3):
-        # Not a cast and a cast back, which XLA leaves out.
-        part = jax.lax.reduce_precision(w, exponent_bits=8, mantissa_bits=7)
+        # Bits, and not a cast and a cast back, which XLA leaves out.
+        upper = jax.lax.bitcast_convert_type(w, jnp.int32) & UPPER_HALF
+        part = jax.lax.bitcast_convert_type(upper, jnp.float32)
         parts.append(part.astype(jnp.bfloat16))
         w = w - part
-    return jnp.concatenate(parts)
+    return parts

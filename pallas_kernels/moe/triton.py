@@ -23,7 +23,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.moe.combine import weighted_sum
 from pallas_kernels.packed import refused
-from pallas_kernels.triton import ANYWHERE, COLUMNS, mxfp4_products
+from pallas_kernels.triton import ANYWHERE, COLUMNS, joined, mxfp4_products
 from pallas_kernels.words import TILE_COLUMNS, TILE_ROWS, MXFP4Words
 
 MAX_TOKENS = 64
@@ -154,7 +154,7 @@ def _product(
     )(expert, x, *arrays)
     if splits == 1:
         return y
-    return _joined(list(y.sum(axis=0))).astype(jnp.bfloat16)
+    return joined(list(y.sum(axis=0))).astype(jnp.bfloat16)
 
 
 def _both_products(
@@ -239,14 +239,6 @@ def _barrier(interpret: bool) -> None:
         plt.debug_barrier()
 
 
-def _joined(products: list[Array]) -> Array:
-    """The product with one stack; of two, silu of the first times the second."""
-    if len(products) == 1:
-        return products[0]
-    gate, up = products
-    return gate * jax.nn.sigmoid(gate) * up
-
-
 @dataclasses.dataclass
 class _Pair:
     """In a kernel: a pair, and the others with its expert.
@@ -329,7 +321,7 @@ class _Pair:
         to = jnp.where(valid, columns[None, :], out_ref.shape[-2])
         stacked = [products[i : i + len(starts)] for i in range(0, len(products), len(starts))]
         if splits == 1:
-            stacked = [[_joined(list(parts)) for parts in zip(*stacked)]]
+            stacked = [[joined(list(parts)) for parts in zip(*stacked)]]
         for which, parts in enumerate(stacked):
             for row, y in zip(starts, parts):
                 at = (to, row + jnp.arange(y.shape[0])[:, None])

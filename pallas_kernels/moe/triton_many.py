@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.moe import dispatch
 from pallas_kernels.moe.combine import weighted_sum
 from pallas_kernels.packed import refused
-from pallas_kernels.triton import load_rows, mxfp4_products
+from pallas_kernels.triton import joined, load_rows, mxfp4_products
 from pallas_kernels.words import TILE_COLUMNS, MXFP4Words
 
 
@@ -168,7 +168,5 @@ def _kernel(
             unroll=1,
             interpret=interpret,
         )
-        y = products[0]
-        if len(products) == 2:
-            y = y * jax.nn.sigmoid(y) * products[1]
-        plt.store(out_ref.at[at[None, :], row[:, None]], y.astype(out_ref.dtype))
+        y = joined(products).astype(out_ref.dtype)
+        plt.store(out_ref.at[at[None, :], row[:, None]], y)

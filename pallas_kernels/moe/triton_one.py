@@ -24,7 +24,7 @@ from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.packed import refused
-from pallas_kernels.triton import ANYWHERE, COLUMNS, load_rows, mxfp4_products
+from pallas_kernels.triton import ANYWHERE, COLUMNS, joined, load_rows, mxfp4_products
 from pallas_kernels.words import TILE_COLUMNS, MXFP4Words
 
 LEAST_HEIGHT = 16  # rows of a matrix instruction
@@ -136,9 +136,9 @@ def _gate_and_up(
                 unroll=1,
                 interpret=interpret,
             )
-            g, u = (_own(y, part).reshape(splits, rows).sum(axis=0) for y in products)
-            h = (g * jax.nn.sigmoid(g) * u).astype(out_ref.dtype)
-            plt.store(out_ref.at[pair, tile * rows + jnp.arange(rows)], h)
+            h = joined([_own(y, part).reshape(splits, rows).sum(axis=0) for y in products])
+            to = out_ref.at[pair, tile * rows + jnp.arange(rows)]
+            plt.store(to, h.astype(out_ref.dtype))
 
     return pl.pallas_call(
         kernel,

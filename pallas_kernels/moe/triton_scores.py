@@ -17,12 +17,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float
 
+from pallas_kernels.moe.split_scores import thirds
 from pallas_kernels.triton import ANYWHERE
 
 MAX_TOKENS = 64
 FEW_TOKENS = 8  # up to which they are multiplied without matrix instructions
 BLOCK = 1024  # columns at a time
-UPPER_HALF = -(2**16)  # of 32 bits: sign, exponent and 7 bits of mantissa of a float32 number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +123,7 @@ def _by_matrix_instructions(
             )
             return tuple(
                 total + plt.dot(part, values)
-                for total, part in zip(sums, _thirds(weights.astype(jnp.float32)))
+                for total, part in zip(sums, thirds(weights.astype(jnp.float32)))
             )
 
         zeros = jnp.zeros((len(expert), len(token)), jnp.float32)
@@ -145,14 +145,3 @@ def _by_matrix_instructions(
         name="moe_scores_matrix",
     )(x, router)
     return jax.nn.sigmoid(parts.sum(axis=0))
-
-
-def _thirds(w: Float[Array, "M K"]) -> list[Float[Array, "M K"]]:
-    """Three bfloat16 arrays whose sum is a float32 array: its mantissa's 24 bits by eights."""
-    parts = []
-    for _ in range(3):
-        upper = jax.lax.bitcast_convert_type(w, jnp.int32) & UPPER_HALF
-        part = jax.lax.bitcast_convert_type(upper, jnp.float32)
-        parts.append(part.astype(jnp.bfloat16))
-        w = w - part
-    return parts

@@ -23,13 +23,17 @@ def relative_error(got, expected) -> float:
     return float(jnp.linalg.norm(got - expected) / jnp.linalg.norm(expected))
 
 
-@pytest.mark.parametrize("case", cases.SMALL.values(), ids=cases.SMALL.keys())
-def test_against_the_reference(case):
+def check(form, case):
     stacks, (x, weights, chosen) = cases.experts(case, 1), cases.tokens(case, 2)
     expected = definition(x.astype(jnp.float32), weights, chosen, *stacks)
-    got = interpreted(x, weights, chosen, *map(pack, stacks))
+    got = form(x, weights, chosen, *map(pack, stacks))
     assert got.dtype == jnp.float32
     assert relative_error(got, expected) < BF16_ERROR
+
+
+@pytest.mark.parametrize("case", cases.SMALL.values(), ids=cases.SMALL.keys())
+def test_against_the_reference(case):
+    check(interpreted, case)
 
 
 @pytest.mark.parametrize(
@@ -71,11 +75,7 @@ def test_both_products_in_one_kernel(name):
     ids=str,
 )
 def test_one_token_against_the_reference(case):
-    stacks, (x, weights, chosen) = cases.experts(case, 1), cases.tokens(case, 2)
-    expected = definition(x.astype(jnp.float32), weights, chosen, *stacks)
-    got = of_one(x, weights, chosen, *map(pack, stacks))
-    assert got.dtype == jnp.float32
-    assert relative_error(got, expected) < BF16_ERROR
+    check(of_one, case)
 
 
 def test_one_token_by_ranges_of_columns():
