@@ -79,6 +79,19 @@ def load_rows(
     )
 
 
+def groups(
+    tile: Int[Array, ""], height: int, rows: int
+) -> tuple[Int[Array, " M"], Int[Array, " M"]]:
+    """The group that each row of a tile is in, and the row of the weights that it is."""
+    index = jnp.arange(height)
+    return index // rows, tile * rows + index % rows
+
+
+def own_column(y: Float[Array, "M N"], part: Int[Array, " M"]) -> Float[Array, " M"]:
+    """Each row's own column of a product, that of its group."""
+    return jnp.where(part[:, None] == jnp.arange(y.shape[1])[None, :], y, 0.0).sum(axis=1)
+
+
 def joined(products: Sequence[Array]) -> Array:
     """The product with one stack of weights; of two, silu of the first times the second."""
     if len(products) == 1:

@@ -14,20 +14,23 @@ import numpy as np
 from bench_jobs import Check, Job, supported
 
 from mimo_jax.portability.timing import chain, error
-from pallas_kernels import moe, rms_norm, rotate_and_store
+from pallas_kernels import moe, residual_matmul, rotate_and_store
 from pallas_kernels.backends import REFERENCE
 from pallas_kernels.moe import reference as moe_reference
+from pallas_kernels.residual_matmul import cases as projections
+from pallas_kernels.residual_matmul import reference as projection_reference
 from pallas_kernels.rms_norm import reference as norm_reference
 from pallas_kernels.rotate_and_store import cases, reference
 
 EPS, TOP_K = 1e-5, 8
+WEIGHTS = 4e8  # bytes of projections to take in turn: more than a cache holds
 DIM, EXPERTS, ROUTERS = 6144, 384, 13  # of Pro; 120 MB of routers to take in turn
 
 
 def small_checks(args: argparse.Namespace, names: tuple[str, ...]) -> Iterator[Check]:
     """Every small case by every kernel that can do it."""
     for name, case in cases.SMALL.items():
-        if args.only not in f"rotate_and_store {name}":
+        if args.only not in f"step rotate_and_store {name}":
             continue
         given, options = cases.arrays(case, args.seed)
         for kernel in rotate_and_store.IMPLEMENTATIONS:
@@ -36,16 +39,28 @@ def small_checks(args: argparse.Namespace, names: tuple[str, ...]) -> Iterator[C
                 yield Check(
                     "rotate_and_store", name, kernel, reference.rotate_and_store, given, options
                 )
+    for name, case in projections.SMALL.items():
+        if args.only not in f"step residual_matmul {name}":
+            continue
+        given = projections.arrays(case, args.seed)
+        for kernel in residual_matmul.IMPLEMENTATIONS:
+            if kernel.backend in names and not kernel.unsupported(*given[:2]):
+                definition = projection_reference.residual_matmul
+                yield Check("residual_matmul", name, kernel, definition, given)
 
 
 def jobs(args: argparse.Namespace, names: tuple[str, ...]) -> Iterator[list[Job]]:
-    """From a projection to queries and a cache; and norm, scores and choice of experts."""
+    """From a projection to queries and a cache; an attention's output projection and what it is
+    added to; and norm, scores and choice of experts."""
     for name, case in cases.REAL.items():
-        if args.only in f"rotate_and_store {name}":
+        if args.only in f"step rotate_and_store {name}":
             yield list(_rotate_jobs(name, case, names, args.seed))
+    for name, case in projections.REAL.items():
+        if args.only in f"step residual_matmul {name}":
+            yield list(_projection_jobs(name, case, names, args.seed))
     for rows in (1, 8):
         name = f"norm and routing {rows}"
-        if args.only in name:
+        if args.only in f"step {name}":
             yield list(_routing_jobs(name, rows, names, args.seed))
 
 
@@ -92,6 +107,35 @@ def _rotate_check(*results: Any, given: tuple, options: dict[str, Any]) -> dict[
     return {"error": max(error(got, expected) for got, expected in pairs)}
 
 
+def _projection_jobs(
+    name: str, case: projections.Case, names: tuple[str, ...], seed: int
+) -> Iterator[Job]:
+    x, w, residual = projections.arrays(case, seed)
+    read, flops = 2.0 * w.size, 2.0 * case.tokens * w.size
+    keys = jax.random.split(jax.random.key(seed), math.ceil(WEIGHTS / read) - 1)
+    held = [w, *(jax.random.normal(key, w.shape, w.dtype) for key in keys)]
+    check = functools.partial(_projection_check, given=(x, w, residual))
+    for backend in (*names, REFERENCE):
+        of_ours = backend != REFERENCE
+        if of_ours and not supported(residual_matmul.IMPLEMENTATIONS, backend, (x, w)):
+            continue
+
+        def call(x: Any, residual: Any, w: Any, kernels: tuple[str, ...] = (backend,)) -> Any:
+            return residual_matmul.residual_matmul(x, w, residual, kernels=kernels)
+
+        program, calls = chain(call, len(held), read / 3e12)
+        label, checked = (backend, check) if of_ours else ("plain XLA", None)
+        yield Job(
+            *("residual_matmul", name, label, program, (x, residual, held)),
+            *(calls, read, flops, checked),
+        )
+
+
+def _projection_check(y: Any, *, given: tuple) -> dict[str, Any]:
+    exact = (a.astype(jnp.float32) for a in given)
+    return {"error": error(y, jax.jit(projection_reference.residual_matmul)(*exact))}
+
+
 def _routing_jobs(name: str, rows: int, names: tuple[str, ...], seed: int) -> Iterator[Job]:
     keys = jax.random.split(jax.random.key(seed), 3 + ROUTERS)
     x = jax.random.normal(keys[0], (rows, DIM), jnp.bfloat16)
@@ -106,8 +150,7 @@ def _routing_jobs(name: str, rows: int, names: tuple[str, ...], seed: int) -> It
 
         def call(x: Any, given: Any, router: Any, kernels: tuple[str, ...] = (backend,)) -> Any:
             weight, bias = given
-            y = rms_norm.rms_norm(x, weight, eps=EPS, kernels=kernels)
-            scores = moe.scores(y, router, kernels=kernels)
+            y, scores = moe.normed_scores(x, weight, router, eps=EPS, kernels=kernels)
             options = {"normalize": True, "scale": None, "kernels": kernels}
             return y, *moe.route(scores, bias, TOP_K, **options)
 

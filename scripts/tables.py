@@ -32,7 +32,7 @@ PLAIN = "plain XLA"
 FLASH, PRO = "MiMo-V2.6-Flash-RL", "MiMo-V2.5-Pro-FP4-DFlash"
 OPERATIONS = (
     *("moe", "quantized_matmul", "attention", "decode_attention"),
-    *("rotate_and_store", "routing"),
+    *("rotate_and_store", "routing", "residual_matmul"),
 )
 
 

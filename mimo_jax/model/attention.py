@@ -8,12 +8,18 @@ from jaxtyping import Array, Float, Int
 from mimo_jax.config import LayerSpec
 from mimo_jax.model.cache import LayerCache
 from mimo_jax.model.cached_attention import cached_attention
-from mimo_jax.model.layers import contract, declare_o_proj, declare_sink, linear
+from mimo_jax.model.layers import (
+    RMSNorm,
+    declare_o_proj,
+    declare_sink,
+    linear,
+    output_projection,
+)
 from mimo_jax.model.parameters import Format, Make, ParamSpec, QKVRows, declare
 from mimo_jax.model.taps import Taps
 from pallas_kernels.backends import REFERENCE
 from pallas_kernels.rotate_and_store import Heads
-from sharding.types import entries, reshard, sharding
+from sharding.types import entries, reshard
 
 
 class Attention(nnx.Module):
@@ -64,14 +70,24 @@ class Attention(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B T D"],
+        norm: RMSNorm,
         positions: Int[Array, "B T"],
         cache: LayerCache | None,
         taps: Taps,
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
-        """Attends over the cache (if any) and the tokens themselves; returns the updated cache."""
+        """Attends over the cache (if any) and the tokens themselves.
+
+        Args:
+          x: the residual stream.
+          norm: what it goes through first.
+          positions, cache, taps: as in `MiMo`.
+
+        Returns:
+          The residual stream with the attention added, and the updated cache.
+        """
         tap = f"attention.{self.layer.index}"
         out, cache, weights = cached_attention(
-            self.projected(x),
+            self.projected(norm(x)),
             positions,
             cache,
             None if self.sink is None else self.sink[...],
@@ -84,9 +100,7 @@ class Attention(nnx.Module):
         if weights is not None:
             by_head = (x.shape[0], self.layer.num_heads, *weights.shape[3:])
             taps.record(tap, reshard(weights, entries(x)[0]).reshape(by_head))
-        out = out.reshape(*out.shape[:3], -1, out_sharding=sharding(out, *entries(out)[:4]))
-        y = contract("btkf,dkf->btd", out, self.o_proj[...].astype(x.dtype), like=x)
-        return y.astype(x.dtype), cache
+        return output_projection(out, self.o_proj[...], x, kernels=self.kernels), cache
 
     def projected(self, x: Float[Array, "B T D"]) -> Float[Array, "B T C R"]:
         """Queries, keys and values of T tokens, as they lie in the weights' rows.

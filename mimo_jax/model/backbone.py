@@ -62,12 +62,10 @@ class DecoderLayer(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
         """One layer; returns the residual stream and the layer's updated cache."""
         with jax.named_scope("attention"):
-            y, cache = self.self_attn(self.input_layernorm(x), positions, cache, taps)
-        x = x + y
+            x, cache = self.self_attn(x, self.input_layernorm, positions, cache, taps)
         with jax.named_scope("mlp"):
-            y = self.post_attention_layernorm(x)
-            y = self.mlp(y, taps) if isinstance(self.mlp, MoE) else self.mlp(y)
-        x = x + y
+            norm = self.post_attention_layernorm
+            x = self.mlp(x, norm, taps) if isinstance(self.mlp, MoE) else x + self.mlp(norm(x))
         taps.record(f"hidden.{self.index}", x)
         return x, cache
 

@@ -18,11 +18,12 @@ from mimo_jax.model.layers import (
     declare_o_proj,
     declare_sink,
     joined_linear,
+    output_projection,
 )
 from mimo_jax.model.parameters import Make, ParamSpec, declare
 from pallas_kernels.backends import REFERENCE
 from pallas_kernels.rotate_and_store import Heads
-from sharding.types import entries, reshard, sharding
+from sharding.types import entries, reshard
 
 
 class DFlashAttention(nnx.Module):
@@ -77,14 +78,18 @@ class DFlashAttention(nnx.Module):
         return store_context(*self.keys_and_values(context), positions, cache, self.heads)
 
     def __call__(
-        self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], cache: LayerCache
+        self,
+        x: Float[Array, "B T D"],
+        norm: RMSNorm,
+        positions: Int[Array, "B T"],
+        cache: LayerCache,
     ) -> tuple[Float[Array, "B T D"], LayerCache]:
-        """Attends over context and block.
+        """The residual stream with the attention over context and block added.
 
         The block's keys and values are left in the ring, at positions that are not committed yet.
         """
         out, cache_after, _ = cached_attention(
-            self.projected(x),
+            self.projected(norm(x)),
             positions,
             cache,
             None if self.sink is None else self.sink[...],
@@ -95,9 +100,7 @@ class DFlashAttention(nnx.Module):
             causal=False,
         )
         assert cache_after is not None
-        out = out.reshape(*out.shape[:3], -1, out_sharding=sharding(out, *entries(out)[:4]))
-        y = contract("btkf,dkf->btd", out, self.o_proj[...].astype(x.dtype), like=x)
-        return y.astype(x.dtype), cache_after
+        return output_projection(out, self.o_proj[...], x, kernels=self.kernels), cache_after
 
 
 def _projected(x: Float[Array, "B T D"], w: nnx.Param) -> Float[Array, "B T K R"]:
@@ -119,8 +122,7 @@ class DFlashLayer(nnx.Module):
         self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], cache: LayerCache
     ) -> tuple[Float[Array, "B T D"], LayerCache]:
         """One layer over a block."""
-        y, cache = self.self_attn(self.input_layernorm(x), positions, cache)
-        x = x + y
+        x, cache = self.self_attn(x, self.input_layernorm, positions, cache)
         return x + self.mlp(self.post_attention_layernorm(x)), cache
 
 

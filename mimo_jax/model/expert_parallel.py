@@ -19,70 +19,75 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.backends import REFERENCE
-from pallas_kernels.moe import moe, route, scores
+from pallas_kernels.moe import moe, normed_scores, route, routed_moe
+from pallas_kernels.residual import added
 from sharding import collectives
 from sharding.types import axes_of, entries, explicit_mesh, on_mesh
 
 
-def route_on_mesh(
+def experts_on_mesh(
     x: Float[Array, "B T D"],
+    norm: Float[Array, " D"],
     router: Float[Array, "E D"],
     bias: Float[Array, " E"],
-    top_k: int,
-    *,
-    normalize: bool,
-    scale: float | None,
-    kernels: Sequence[str] = (REFERENCE,),
-) -> tuple[Float[Array, "B T E"], Float[Array, "B T X"], Int[Array, "B T X"]]:
-    """Scores of all experts (sigmoid), and mixing weights and indices of the chosen ones.
-
-    Tokens may be split over a mesh; the router is on every device.
-    """
-
-    def local(x: Array, router: Array, bias: Array) -> tuple[Array, Array, Array]:
-        of_all = scores(x.reshape(-1, x.shape[-1]), router, kernels=kernels)
-        chosen = route(of_all, bias, top_k, normalize=normalize, scale=scale, kernels=kernels)
-        first, second, third = (a.reshape(*x.shape[:-1], -1) for a in (of_all, *chosen))
-        return first, second, third
-
-    # XLA does not split its top-k by itself: it would bring all tokens to every device.
-    return on_mesh(local, P(entries(x)[0]), x, router, bias)
-
-
-def moe_on_mesh(
-    x: Float[Array, "B T D"],
-    weights: Float[Array, "B T X"],
-    chosen: Int[Array, "B T X"],
     gate: Any,
     up: Any,
     down: Any,
-) -> Float[Array, "B T D"]:
-    """`pallas_kernels.moe.moe` of tokens and weights that may be split over a mesh; float32."""
-    mesh = explicit_mesh(x)
-    if mesh is None:
-        return _flat_moe(x, weights, chosen, gate, up, down)
+    *,
+    eps: float,
+    top_k: int,
+    normalize: bool,
+    scale: float | None,
+    kernels: Sequence[str] = (REFERENCE,),
+) -> tuple[Float[Array, "B T D"], Float[Array, "B T E"], Int[Array, "B T X"]]:
+    """Norm, routing and experts of a residual stream.
+
+    Args:
+      x: the residual stream; its tokens may be split over a mesh.
+      norm, eps: weight of the norm and what it adds to the mean square.
+      router, bias: on every device, as for `pallas_kernels.moe.route`.
+      gate, up, down: as for `pallas_kernels.moe.moe`; they may be split over a mesh.
+      top_k, normalize, scale: as for `pallas_kernels.moe.route`.
+      kernels: backends that norm and routing may use.
+
+    Returns:
+      The residual stream with the experts' sum added; scores of all experts (sigmoid); and indices
+      of the chosen ones.
+    """
     tokens = axes_of(entries(x)[0])
     held = entries(jax.tree.leaves(gate)[0])
     split, width = axes_of(held[0]), axes_of(held[getattr(gate, "ROW_AXIS", 1)])
     travel = tuple(a for a in split if a in tokens)
     summed = tuple(a for a in (*split, *width) if a not in tokens)
-    ragged = collectives.prefers_ragged(_platform(mesh))
+    ragged = bool(travel) and collectives.prefers_ragged(_platform(explicit_mesh(x)))
+    options = {"top_k": top_k, "normalize": normalize, "scale": scale}
 
-    def local(x: Array, weights: Array, chosen: Array, gate: Any, up: Any, down: Any) -> Array:
+    def local(
+        x: Array, norm: Array, router: Array, bias: Array, gate: Any, up: Any, down: Any
+    ) -> tuple[Array, Array, Array]:
+        experts = (gate, up, down)
+        normed, of_all = normed_scores(x, norm, router, eps=eps, kernels=kernels)
         if travel:
+            flat, of_each = (a.reshape(-1, a.shape[-1]) for a in (normed, of_all))
+            weights, chosen = route(of_each, bias, **options, kernels=kernels)
             y = _travelling(
-                x, weights, chosen, gate, up, down, split=split, travel=travel, ragged=ragged
-            )
+                flat, weights, chosen, *experts, split=split, travel=travel, ragged=ragged
+            ).reshape(x.shape)
+            chosen = chosen.reshape(*x.shape[:-1], -1)
         else:
-            y = _flat_moe(x, weights, chosen - _first_expert(gate, split), gate, up, down)
-        return jax.lax.psum(y, summed) if summed else y
+            y, _, chosen = routed_moe(
+                *(normed, of_all, bias, *experts),
+                **options,
+                first=_first_expert(gate, split) if split else None,
+                residual=None if summed else x,
+            )
+        if travel or summed:
+            y = added(x, jax.lax.psum(y, summed) if summed else y)
+        return y, of_all, chosen
 
-    return on_mesh(local, P(*entries(x)), x, weights, chosen, gate, up, down)
-
-
-def _flat_moe(x: Array, weights: Array, chosen: Array, gate: Any, up: Any, down: Any) -> Array:
-    flat, weights, chosen = (a.reshape(-1, a.shape[-1]) for a in (x, weights, chosen))
-    return moe(flat, weights, chosen, gate, up, down).reshape(x.shape)
+    # XLA does not split its top-k by itself: it would bring all tokens to every device.
+    rows = P(entries(x)[0])
+    return on_mesh(local, (P(*entries(x)), rows, rows), x, norm, router, bias, gate, up, down)
 
 
 def _travelling(
@@ -98,19 +103,18 @@ def _travelling(
     ragged: bool,
 ) -> Array:
     """What the experts on the devices along `travel` make of this device's tokens."""
-    flat = [a.reshape(-1, a.shape[-1]) for a in (x, weights, chosen)]
-    wanted = _destinations(flat[2] // gate.shape[0], split, travel)
+    wanted = _destinations(chosen // gate.shape[0], split, travel)
     (x_in, weights_in, chosen_in), valid, route = collectives.dispatch(
-        tuple(flat), wanted, travel, ragged=ragged
+        (x, weights, chosen), wanted, travel, ragged=ragged
     )
     mine = jnp.where(valid[:, None], chosen_in - _first_expert(gate, split), -1)
     y = moe(x_in, weights_in, mine, gate, up, down)
-    return collectives.combine(y, route).reshape(x.shape)
+    return collectives.combine(y, route)
 
 
-def _first_expert(gate: Any, split: tuple[str, ...]) -> Int[Array, ""] | int:
+def _first_expert(gate: Any, split: tuple[str, ...]) -> Int[Array, ""]:
     """The index of the first of this device's experts."""
-    return gate.shape[0] * jax.lax.axis_index(split) if split else 0
+    return gate.shape[0] * jax.lax.axis_index(split)
 
 
 def _destinations(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -13,11 +15,13 @@ from jaxtyping import Array, Float
 from mimo_jax.model.packed_linear import packed_linear
 from mimo_jax.model.parameters import Format, Make, ParamSpec, declare
 from mimo_jax.quant import dequantize
+from pallas_kernels import backends, residual_matmul
 from pallas_kernels.backends import REFERENCE
 from pallas_kernels.einsum import einsum32
 from pallas_kernels.packed import Packed
+from pallas_kernels.residual import added
 from pallas_kernels.rms_norm import rms_norm
-from sharding.types import entries, on_mesh, reshard, sharding
+from sharding.types import axes_of, entries, on_mesh, reshard, sharding
 
 
 def linear(x: Float[Array, "*b D"], w: Any, *, like: Array | None = None) -> Float[Array, "*b *F"]:
@@ -43,6 +47,41 @@ def contract(equation: str, *operands: Array, like: Array | None = None) -> Arra
     """
     placed = None if like is None else sharding(like, *entries(like))
     return einsum32(equation, *operands, out_sharding=placed)
+
+
+def output_projection(
+    out: Float[Array, "B T K G V"],
+    w: Float[Array, "D K F"],
+    residual: Float[Array, "B T D"],
+    *,
+    kernels: Sequence[str],
+) -> Float[Array, "B T D"]:
+    """The residual plus the product of an attention's results with its output projection.
+
+    Args:
+      out: for each KV head, values of its group of query heads; on a mesh split as W is.
+      w: dense weights.
+      residual: what the product is added to.
+      kernels: backends that may be used, on one device and for few tokens on a mesh.
+    """
+    w = w.astype(out.dtype)
+    out = out.reshape(*out.shape[:3], -1, out_sharding=sharding(out, *entries(out)[:4]))
+    rows, columns = math.prod(out.shape[:2]), math.prod(out.shape[2:])
+    shapes = ((rows, columns), (len(w), columns))
+    case = (jax.ShapeDtypeStruct(shape, out.dtype) for shape in shapes)
+    kernel = backends.choose(residual_matmul.IMPLEMENTATIONS, kernels, *case)[0]
+    split = entries(w)
+    if kernel is None or kernel.backend == REFERENCE or split[0] is not None:
+        return added(residual, contract("btkf,dkf->btd", out, w, like=residual))
+    summed = tuple(axis for entry in split[1:] for axis in axes_of(entry))
+
+    def local(out: Array, w: Array, residual: Array) -> Array:
+        flat = out.reshape(-1, math.prod(out.shape[2:])), w.reshape(len(w), -1)
+        to = None if summed else residual.reshape(-1, residual.shape[-1])
+        y = residual_matmul.residual_matmul(*flat, to, kernels=kernels).reshape(residual.shape)
+        return added(residual, jax.lax.psum(y, summed)) if summed else y
+
+    return on_mesh(local, P(*entries(residual)), out, w, residual)
 
 
 def joined_linear(

@@ -6,10 +6,10 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from mimo_jax.config import MiMoConfig
-from mimo_jax.model.expert_parallel import moe_on_mesh, route_on_mesh
+from mimo_jax.model.expert_parallel import experts_on_mesh
+from mimo_jax.model.layers import RMSNorm
 from mimo_jax.model.parameters import Format, Make, ParamSpec, declare
 from mimo_jax.model.taps import Taps
-from pallas_kernels.backends import kernels_of
 
 
 class MoE(nnx.Module):
@@ -49,25 +49,24 @@ class MoE(nnx.Module):
         self.up_proj = experts("up_proj", f, d, ("expert_mlp", "embed"))
         self.down_proj = experts("down_proj", d, f, ("embed", "expert_mlp"))
 
-    def __call__(self, x: Float[Array, "B T D"], taps: Taps) -> Float[Array, "B T D"]:
-        """Routes each token in float32 and sums its experts."""
-        scores, weights, chosen = route_on_mesh(
+    def __call__(
+        self, x: Float[Array, "B T D"], norm: RMSNorm, taps: Taps
+    ) -> Float[Array, "B T D"]:
+        """The residual stream x with the experts of norm(x) added; routed in float32."""
+        y, scores, chosen = experts_on_mesh(
             x,
+            norm.weight[...],
             self.gate[...],
             self.e_score_correction_bias[...],
-            self.top_k,
-            normalize=self.normalize,
-            scale=self.scale,
-            kernels=kernels_of(self.gate_proj.get_value()),
-        )
-        taps.record(f"router.{self.index}", scores)
-        taps.record(f"experts.{self.index}", chosen)
-        y = moe_on_mesh(
-            x,
-            weights,
-            chosen,
             self.gate_proj.get_value(),
             self.up_proj.get_value(),
             self.down_proj.get_value(),
+            eps=norm.eps,
+            top_k=self.top_k,
+            normalize=self.normalize,
+            scale=self.scale,
+            kernels=norm.kernels,
         )
-        return y.astype(x.dtype)
+        taps.record(f"router.{self.index}", scores)
+        taps.record(f"experts.{self.index}", chosen)
+        return y

@@ -54,8 +54,7 @@ class MTPBlock(nnx.Module):
         # The embedding comes first (MODEL_SPEC 3.3).
         both = jnp.concatenate([self.enorm(embedded), self.hnorm(hidden)], axis=-1)
         x = joined_linear(both, self.eh_proj[...], like=hidden)
-        y, cache = self.self_attn(self.input_layernorm(x), positions, cache, Taps())
-        x = x + y
+        x, cache = self.self_attn(x, self.input_layernorm, positions, cache, Taps())
         x = x + self.mlp(self.pre_mlp_layernorm(x))
         return self.final_layernorm(x), cache
 

@@ -20,6 +20,8 @@ from pallas_kernels.moe import (
     triton_route,
     triton_scores,
 )
+from pallas_kernels.residual import added
+from pallas_kernels.rms_norm import rms_norm
 
 # Preferred first.  Few tokens: Triton is faster than Mosaic GPU; many: the other way round.
 IMPLEMENTATIONS = (
@@ -35,10 +37,15 @@ SCORES = (
     *(Implementation(name, split_scores.unsupported, split_scores.scores) for name in NAMES),
     Implementation(REFERENCE, lambda *_: None, reference.scores),
 )
+NORMED_SCORES = (
+    Implementation("triton", triton_scores.unsupported_normed, triton_scores.normed_scores),
+)
 ROUTES = (
     Implementation("triton", triton_route.unsupported, triton_route.route),
     Implementation(REFERENCE, lambda *_: None, reference.route),
 )
+# From the scores on; elsewhere it is what it consists of, one after the other.
+ROUTED = (Implementation("triton", triton_one.unsupported_routed, triton_one.routed_moe),)
 
 
 def scores(
@@ -52,6 +59,33 @@ def scores(
       kernels: backends that may be used; the reference is used where none of them has this.
     """
     return backends.call("scores", SCORES, (*kernels, REFERENCE), (x, router), x, router)
+
+
+def normed_scores(
+    x: Float[Array, "*b D"],
+    weight: Float[Array, " D"],
+    router: Float[Array, "E D"],
+    *,
+    eps: float,
+    kernels: Sequence[str] = (REFERENCE,),
+) -> tuple[Float[Array, "*b D"], Float[Array, "*b E"]]:
+    """Normalised tokens and their `scores`; one kernel for one token on GPUs.
+
+    Args:
+      x: tokens.
+      weight, eps: of the norm, as for `pallas_kernels.rms_norm.rms_norm`.
+      router: its weights.
+      kernels: backends that may be used; the reference is used where none of them has this.
+    """
+    flat = _flat(x)
+    if backends.choose(NORMED_SCORES, kernels, flat, router)[0] is not None:
+        case = ("normed_scores", NORMED_SCORES, kernels, (flat, router))
+        y, of_all = backends.call(*case, flat, weight, router, eps=eps)
+        y = y.reshape(x.shape)
+    else:
+        y = rms_norm(x, weight, eps=eps, kernels=kernels)
+        of_all = scores(_flat(y), router, kernels=kernels)
+    return y, of_all.reshape(*x.shape[:-1], -1)
 
 
 def route(
@@ -102,3 +136,57 @@ def moe(
     case = (x, chosen, gate)
     allowed = backends.kernels_of(gate)
     return backends.call("moe", IMPLEMENTATIONS, allowed, case, x, weights, chosen, gate, up, down)
+
+
+def routed_moe(
+    x: Float[Array, "*b D"],
+    scores: Float[Array, "*b E"],
+    bias: Float[Array, " E"],
+    gate: Any,
+    up: Any,
+    down: Any,
+    *,
+    top_k: int,
+    normalize: bool,
+    scale: float | None,
+    first: Int[Array, ""] | None = None,
+    residual: Float[Array, "*b D"] | None = None,
+) -> tuple[Float[Array, "*b D"], Float[Array, "*b X"], Int[Array, "*b X"]]:
+    """`route` and `moe` of scores; for one token on GPUs in two kernels.
+
+    Args:
+      x: tokens.
+      scores: their router scores, of all experts.
+      bias, top_k, normalize, scale: as for `route`.
+      gate, up, down: as for `moe`.
+      first: index of the first of the experts whose weights are here, 0 by default.
+      residual: what the result is `added` to.
+
+    Returns:
+      The experts' sum, float32 without a residual; and what `route` gives.
+
+    Raises:
+      NotImplementedError: as `moe`.
+    """
+    kernels = backends.kernels_of(gate)
+    options = {"top_k": top_k, "normalize": normalize, "scale": scale}
+    flat, of_all, experts = _flat(x), _flat(scores), (gate, up, down)
+    case = (flat, of_all, gate)
+    if backends.choose(ROUTED, kernels, *case)[0] is not None:
+        to = None if residual is None else _flat(residual)
+        given = (flat, of_all, bias, first, to, *experts)
+        y, weights, chosen = backends.call("moe", ROUTED, kernels, case, *given, **options)
+        y = y.reshape(x.shape)
+    else:
+        weights, chosen = route(of_all, bias, **options, kernels=kernels)
+        y = moe(flat, weights, chosen if first is None else chosen - first, *experts)
+        y = y.reshape(x.shape)
+        # The residual keeps its shape: where each layer reshapes it to add to it, XLA compiles for
+        # CPUs practically for ever.
+        y = y if residual is None else added(residual, y)
+    weights, chosen = (a.reshape(*x.shape[:-1], -1) for a in (weights, chosen))
+    return y, weights, chosen
+
+
+def _flat(x: Float[Array, "*b _"]) -> Float[Array, "P _"]:
+    return x.reshape(-1, x.shape[-1])

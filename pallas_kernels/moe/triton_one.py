@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -23,8 +24,17 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.moe import triton_route
 from pallas_kernels.packed import refused
-from pallas_kernels.triton import ANYWHERE, COLUMNS, joined, load_rows, mxfp4_products
+from pallas_kernels.triton import (
+    ANYWHERE,
+    COLUMNS,
+    groups,
+    joined,
+    load_rows,
+    mxfp4_products,
+    own_column,
+)
 from pallas_kernels.words import TILE_COLUMNS, MXFP4Words
 
 LEAST_HEIGHT = 16  # rows of a matrix instruction
@@ -73,6 +83,11 @@ def unsupported(x: Any, chosen: Any, gate: Any) -> str | None:
     return None if len(chosen) == 1 else f"{len(chosen)} tokens are more than one"
 
 
+def unsupported_routed(x: Any, scores: Any, gate: Any) -> str | None:
+    """Why they can't do a case from its scores on; None if they can."""
+    return unsupported(x, scores, gate) or triton_route.unsupported(scores)
+
+
 def moe(
     x: Float[Array, "P D"],
     weights: Float[Array, "P X"],
@@ -91,37 +106,108 @@ def moe(
     """
     if reason := unsupported(x, chosen, gate):
         raise NotImplementedError(reason)
-    width, dim = gate.padded
-    config = config or configure(width)
-    expert, x = chosen.reshape(-1), jnp.pad(x.reshape(-1), (0, dim - x.shape[1]))
-    h = _gate_and_up(expert, x, gate, up, config, interpret)
-    y = _down(expert, weights.reshape(-1), h, down, config.down, interpret)
-    return y[None, : down.rows]
+    config = config or configure(gate.padded[0])
+
+    def expert_of(chosen_ref: Any, tile: Any, pair: Any) -> Array:
+        del tile
+        return plt.load(chosen_ref.at[pair])
+
+    top_k = chosen.size
+    given = [chosen.reshape(-1)]
+    [h] = _gate_and_up(x, gate, up, given, [], expert_of, top_k, config, interpret)
+    return _down(chosen, weights, h, down, None, None, config.down, interpret)
+
+
+def routed_moe(
+    x: Float[Array, "P D"],
+    scores: Float[Array, "P E"],
+    bias: Float[Array, " E"],
+    first: Int[Array, ""] | None,
+    residual: Float[Array, "P D"] | None,
+    gate: MXFP4Words,
+    up: MXFP4Words,
+    down: MXFP4Words,
+    *,
+    top_k: int,
+    normalize: bool,
+    scale: float | None,
+    config: Config | None = None,
+    interpret: bool = False,
+) -> tuple[Float[Array, "P D"], Float[Array, "P X"], Int[Array, "P X"]]:
+    """`moe.routed_moe` in two kernels: every program of the first chooses for itself.
+
+    Raises:
+      NotImplementedError: with the reason, if it can't.
+    """
+    if reason := unsupported_routed(x, scores, gate):
+        raise NotImplementedError(reason)
+    config = config or configure(gate.padded[0])
+
+    def expert_of(*refs: Any) -> Array:
+        scores_ref, bias_ref, *optional, weights_ref, chosen_ref, tile, pair = refs
+        token = jnp.int32(0)
+        sizes = {"n_experts": scores.shape[1], "top_k": top_k}
+        chosen = triton_route.choice(scores_ref, bias_ref, token, **sizes)
+
+        @pl.when((tile == 0) & (pair == 0))
+        def _() -> None:
+            options = {"normalize": normalize, "scale": scale}
+            triton_route.mix(scores_ref, token, chosen, weights_ref, chosen_ref, **options)
+
+        mine = jnp.int32(0)
+        for k, expert in enumerate(chosen):
+            mine = jnp.where(pair == k, expert, mine)
+        return mine if first is None else mine - plt.load(optional[0].at[jnp.int32(0)])
+
+    results = [jax.ShapeDtypeStruct((1, top_k), dtype) for dtype in (jnp.float32, jnp.int32)]
+    given = [scores, bias] if first is None else [scores, bias, first.reshape(1)]
+    h, weights, chosen = _gate_and_up(
+        x, gate, up, given, results, expert_of, top_k, config, interpret
+    )
+    y = _down(chosen, weights, h, down, first, residual, config.down, interpret)
+    return y, weights, chosen
 
 
 def _gate_and_up(
-    expert: Int[Array, " X"],
-    x: Float[Array, " D"],
+    x: Float[Array, "1 D"],
     gate: MXFP4Words,
     up: MXFP4Words,
+    given: list[Array],
+    results: list[jax.ShapeDtypeStruct],
+    expert_of: Callable[..., Int[Array, ""]],
+    top_k: int,
     config: Config,
     interpret: bool,
-) -> Float[Array, "X F"]:
-    """silu of the products with gate times those with up, for experts that are here."""
+) -> tuple[Array, ...]:
+    """silu of the products with gate times those with up, of experts that are here: [X, F].
+
+    Args:
+      x: the token.
+      gate, up: weights of the experts here.
+      given, results: arrays and shapes of results that `expert_of` needs.
+      expert_of: in the kernel, which of the experts here a pair has, from the refs of these, a tile
+        of rows and the pair.
+      top_k: pairs.
+      config, interpret: as for `moe`.
+
+    Returns:
+      the products, and what `expert_of` has stored.
+    """
     width, dim = gate.padded
     splits = math.gcd(config.splits, dim // TILE_COLUMNS)
     steps = dim // TILE_COLUMNS // splits
     height = config.up.height
     rows = height // splits
+    x = jnp.pad(x.reshape(-1), (0, dim - x.shape[1]))
 
-    def kernel(expert_ref: Any, x_ref: Any, *refs: Any) -> None:
-        *stacks, out_ref = refs
+    def kernel(x_ref: Any, *refs: Any) -> None:
+        stacks, out_ref = refs[:4], refs[4 + len(given)]
         tile, pair = pl.program_id(0), pl.program_id(1)
-        mine = plt.load(expert_ref.at[pair])
+        mine = expert_of(*refs[4 : 4 + len(given)], *refs[5 + len(given) :], tile, pair)
 
         @pl.when((mine >= 0) & (mine < gate.shape[0]))
         def work() -> None:
-            part, row = _groups(tile, height, rows)
+            part, row = groups(tile, height, rows)
             first_step = part * steps
             first_column = jnp.arange(COLUMNS) % splits * (steps * TILE_COLUMNS)
             products = mxfp4_products(
@@ -136,44 +222,49 @@ def _gate_and_up(
                 unroll=1,
                 interpret=interpret,
             )
-            h = joined([_own(y, part).reshape(splits, rows).sum(axis=0) for y in products])
+            h = joined([own_column(y, part).reshape(splits, rows).sum(axis=0) for y in products])
             to = out_ref.at[pair, tile * rows + jnp.arange(rows)]
             plt.store(to, h.astype(out_ref.dtype))
 
     return pl.pallas_call(
         kernel,
-        out_shape=jax.ShapeDtypeStruct((len(expert), width), jnp.bfloat16),
-        grid=(width // rows, len(expert)),
-        in_specs=[ANYWHERE] * 6,
-        out_specs=ANYWHERE,
+        out_shape=[jax.ShapeDtypeStruct((top_k, width), jnp.bfloat16), *results],
+        grid=(width // rows, top_k),
+        in_specs=[ANYWHERE] * (5 + len(given)),
+        out_specs=[ANYWHERE] * (1 + len(results)),
         compiler_params=plt.CompilerParams(num_warps=config.up.warps, num_stages=config.up.stages),
         interpret=interpret,
         name="moe_up_one",
-    )(expert, x, gate.words, gate.scales, up.words, up.scales)
+    )(x, gate.words, gate.scales, up.words, up.scales, *given)
 
 
 def _down(
-    expert: Int[Array, " X"],
-    weights: Float[Array, " X"],
+    chosen: Int[Array, "1 X"],
+    weights: Float[Array, "1 X"],
     h: Float[Array, "X F"],
     down: MXFP4Words,
+    first: Int[Array, ""] | None,
+    residual: Float[Array, "1 D"] | None,
     tiling: Tiling,
     interpret: bool,
-) -> Float[Array, " D"]:
-    """The weighted sum of the products with down, of experts that are here."""
-    dim, width = down.padded
-    top_k = len(expert)
+) -> Float[Array, "1 D"]:
+    """The weighted sum of the products with down, of experts that are here, and the residual."""
+    padded, width = down.padded
+    top_k = chosen.size
     slots = pl.next_power_of_2(top_k)
     height = max(tiling.height, slots, LEAST_HEIGHT)
     rows = height // slots
 
     def kernel(
-        expert_ref: Any, weights_ref: Any, h_ref: Any, words_ref: Any, scales_ref: Any, out_ref: Any
+        chosen_ref: Any, weights_ref: Any, h_ref: Any, words_ref: Any, scales_ref: Any, *refs: Any
     ) -> None:
+        *optional, out_ref = refs
         tile = pl.program_id(0)
-        part, row = _groups(tile, height, rows)
+        part, row = groups(tile, height, rows)
         pair = jnp.minimum(part, top_k - 1)
-        mine, weight = plt.load(expert_ref.at[pair]), plt.load(weights_ref.at[pair])
+        mine, weight = plt.load(chosen_ref.at[pair]), plt.load(weights_ref.at[pair])
+        if first is not None:
+            mine = mine - plt.load(optional[0].at[jnp.int32(0)])
         here = (part < top_k) & (mine >= 0) & (mine < down.shape[0])
         mine = jnp.where(here, mine, 0)
         # Columns that no group wants repeat a pair.
@@ -188,30 +279,25 @@ def _down(
             interpret=interpret,
         )
         # h of experts that are elsewhere is anything, and may be NaN.
-        y = jnp.where(here, _own(y, part) * weight, 0.0)
+        y = jnp.where(here, own_column(y, part) * weight, 0.0)
         y = y.reshape(slots, rows).sum(axis=0)
-        plt.store(out_ref.at[tile * rows + jnp.arange(rows)], y)
+        at = tile * rows + jnp.arange(rows)
+        there = at < down.rows
+        if residual is not None:
+            y = y + plt.load(optional[-1].at[at], mask=there, other=0.0).astype(y.dtype)
+        plt.store(out_ref.at[at], y.astype(out_ref.dtype), mask=there)
 
-    return pl.pallas_call(
+    optional = [] if first is None else [first.reshape(1)]
+    optional += [] if residual is None else [residual.reshape(-1)]
+    dtype = jnp.float32 if residual is None else residual.dtype
+    y = pl.pallas_call(
         kernel,
-        out_shape=jax.ShapeDtypeStruct((dim,), jnp.float32),
-        grid=(dim // rows,),
-        in_specs=[ANYWHERE] * 5,
+        out_shape=jax.ShapeDtypeStruct((down.rows,), dtype),
+        grid=(padded // rows,),
+        in_specs=[ANYWHERE] * (5 + len(optional)),
         out_specs=ANYWHERE,
         compiler_params=plt.CompilerParams(num_warps=tiling.warps, num_stages=tiling.stages),
         interpret=interpret,
         name="moe_down_one",
-    )(expert, weights, h, down.words, down.scales)
-
-
-def _groups(
-    tile: Int[Array, ""], height: int, rows: int
-) -> tuple[Int[Array, " M"], Int[Array, " M"]]:
-    """The group that each row of a tile is in, and the row of the weights that it is."""
-    index = jnp.arange(height)
-    return index // rows, tile * rows + index % rows
-
-
-def _own(y: Float[Array, "M N"], part: Int[Array, " M"]) -> Float[Array, " M"]:
-    """Each row's own column."""
-    return jnp.where(part[:, None] == jnp.arange(y.shape[1])[None, :], y, 0.0).sum(axis=1)
+    )(chosen.reshape(-1), weights.reshape(-1), h, down.words, down.scales, *optional)
+    return y[None]

@@ -78,28 +78,53 @@ def _kernel(
     scale: float | None,
 ) -> None:
     token = pl.program_id(0)
+    chosen = choice(scores_ref, bias_ref, token, n_experts=n_experts, top_k=top_k)
+    mix(scores_ref, token, chosen, weights_ref, chosen_ref, normalize=normalize, scale=scale)
+
+
+def choice(
+    scores_ref: Any, bias_ref: Any, token: Any, *, n_experts: int, top_k: int
+) -> list[Int[Array, ""]]:
+    """In a kernel: the experts of a token, the best first."""
     expert = jnp.arange(pl.next_power_of_2(n_experts))
-    slot = jnp.arange(pl.next_power_of_2(top_k))
     there = expert < n_experts
-    scores = plt.load(scores_ref.at[token, expert], mask=there, other=0.0)
-    left = scores + plt.load(bias_ref.at[expert], mask=there, other=0.0)
+    left = plt.load(scores_ref.at[token, expert], mask=there, other=0.0)
+    left = left + plt.load(bias_ref.at[expert], mask=there, other=0.0)
     # In the order of the numbers, as integers: of these a warp finds the greatest in one step.
     left = jax.lax.bitcast_convert_type(left, jnp.int32)
     left = jnp.where(there, left ^ ((left >> 31) & LARGEST), -LARGEST - 1)
-    weights, chosen = jnp.zeros(slot.shape, jnp.float32), jnp.zeros(slot.shape, jnp.int32)
-    total = jnp.float32(0)
-    for k in range(top_k):
+    chosen = []
+    for _ in range(top_k):
         # Of equals the first, as in lax.top_k.
         best = jnp.min(jnp.where(left == jnp.max(left), expert, LARGEST))
-        score = plt.load(scores_ref.at[token, best])
         left = jnp.where(expert == best, -LARGEST - 1, left)
+        chosen.append(best)
+    return chosen
+
+
+def mix(
+    scores_ref: Any,
+    token: Any,
+    chosen: list[Int[Array, ""]],
+    weights_ref: Any,
+    chosen_ref: Any,
+    *,
+    normalize: bool,
+    scale: float | None,
+) -> None:
+    """In a kernel: stores a token's experts and their weights."""
+    slot = jnp.arange(pl.next_power_of_2(len(chosen)))
+    total = jnp.float32(0)
+    weights, experts = jnp.zeros(slot.shape, jnp.float32), jnp.zeros(slot.shape, jnp.int32)
+    for k, best in enumerate(chosen):
+        score = plt.load(scores_ref.at[token, best])
         total = total + score
         weights = jnp.where(slot == k, score, weights)
-        chosen = jnp.where(slot == k, best, chosen)
+        experts = jnp.where(slot == k, best, experts)
     if normalize:
         weights = weights / (total + 1e-20)  # rounds as XLA:GPU does; so div.rn would not
     if scale is not None:
         weights = weights * scale
-    wanted = slot < top_k
+    wanted = slot < len(chosen)
     plt.store(weights_ref.at[token, slot], weights, mask=wanted)
-    plt.store(chosen_ref.at[token, slot], chosen, mask=wanted)
+    plt.store(chosen_ref.at[token, slot], experts, mask=wanted)

@@ -81,6 +81,70 @@ def scores(
     )(x, router)
 
 
+def unsupported_normed(x: Any, router: Any) -> str | None:
+    """Why norm and scores can't be one kernel; None if they can."""
+    del router
+    if x.dtype != jnp.bfloat16:
+        return f"activations are {x.dtype} and not bfloat16"
+    return None if len(x) == 1 else f"{len(x)} tokens are more than one"
+
+
+def normed_scores(
+    x: Float[Array, "P D"],
+    weight: Float[Array, " D"],
+    router: Float[Array, "E D"],
+    *,
+    eps: float,
+    interpret: bool = False,
+) -> tuple[Float[Array, "P D"], Float[Array, "P E"]]:
+    """`moe.normed_scores`, of one token: every program normalises it for itself.
+
+    Raises:
+      NotImplementedError: with the reason, if it can't.
+    """
+    if reason := unsupported_normed(x, router):
+        raise NotImplementedError(reason)
+    dim = x.shape[1]
+    y, of_all = pl.pallas_call(
+        functools.partial(_normed_kernel, eps=eps),
+        out_shape=(
+            jax.ShapeDtypeStruct((dim,), x.dtype),
+            jax.ShapeDtypeStruct((len(router),), jnp.float32),
+        ),
+        grid=(len(router),),
+        in_specs=[ANYWHERE] * 3,
+        out_specs=(ANYWHERE,) * 2,
+        compiler_params=plt.CompilerParams(num_warps=4, num_stages=1),
+        interpret=interpret,
+        name="moe_normed_scores",
+    )(x.reshape(-1), weight, router)
+    return y[None], of_all[None]
+
+
+def _normed_kernel(
+    x_ref: Any, weight_ref: Any, router_ref: Any, y_ref: Any, scores_ref: Any, *, eps: float
+) -> None:
+    expert, [dim] = pl.program_id(0), x_ref.shape
+    block = min(BLOCK, pl.next_power_of_2(dim))
+    columns = [start + jnp.arange(block) for start in range(0, dim, block)]
+
+    def load(ref: Any, *at: Any) -> list[Array]:
+        return [plt.load(ref.at[*at, c], mask=c < dim, other=0.0) for c in columns]
+
+    router, x, weight = load(router_ref, expert), load(x_ref), load(weight_ref)
+    x = [part.astype(jnp.float32) for part in x]
+    scale = jax.lax.rsqrt(jnp.sum(sum(part * part for part in x)) / dim + eps)
+    y = [(part * scale).astype(y_ref.dtype) * w.astype(y_ref.dtype) for part, w in zip(x, weight)]
+
+    @pl.when(expert == 0)
+    def _() -> None:
+        for c, part in zip(columns, y):
+            plt.store(y_ref.at[c], part, mask=c < dim)
+
+    products = sum(a.astype(jnp.float32) * b.astype(jnp.float32) for a, b in zip(y, router))
+    plt.store(scores_ref.at[expert], jax.nn.sigmoid(jnp.sum(products)))
+
+
 def _kernel(x_ref: Any, router_ref: Any, out_ref: Any, *, tokens: int, dim: int) -> None:
     expert = pl.program_id(0)
     block = min(BLOCK, pl.next_power_of_2(dim))

@@ -8,10 +8,11 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import backends
 from pallas_kernels.backends import REFERENCE, Implementation
-from pallas_kernels.quantized_matmul import mosaic_tpu, reference, triton
+from pallas_kernels.quantized_matmul import mosaic_tpu, reference, triton, triton_one
 
 # Preferred first.
 IMPLEMENTATIONS = (
+    Implementation("triton", triton_one.unsupported, triton_one.quantized_matmul),
     Implementation("triton", triton.unsupported, triton.quantized_matmul),
     Implementation("mosaic_tpu", mosaic_tpu.unsupported, mosaic_tpu.quantized_matmul),
     Implementation(REFERENCE, lambda *_: None, reference.quantized_matmul),

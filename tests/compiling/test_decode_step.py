@@ -57,4 +57,4 @@ def test_operations_of_a_layer():
         text = compiled(targets.HOPPER, layers, 1, 1)[0].as_text()
         kinds = re.findall(r"^ .* = (?:\(.*?\)|\S+) ([a-z-]+)\(", text[text.index("ENTRY") :], re.M)
         counts.append(sum(kind not in NOT_RUN for kind in kinds))
-    assert counts[1] - counts[0] == 12
+    assert counts[1] - counts[0] == 8

@@ -15,6 +15,7 @@ from pallas_kernels.formats import FP8Array, MXFP4Array
 from pallas_kernels.moe import cases as moe_cases
 from pallas_kernels.moe import triton, triton_many, triton_one, triton_route, triton_scores
 from pallas_kernels.quantized_matmul import cases as matmul_cases
+from pallas_kernels.quantized_matmul import triton_one as matmul_one
 from pallas_kernels.quantized_matmul.triton import quantized_matmul
 from pallas_kernels.rms_norm.triton import rms_norm
 from pallas_kernels.rotate_and_store import cases as rotate_cases
@@ -82,6 +83,20 @@ def test_quantized_matmul(case):
     for rows in (1, 16, 64, 128, 4096):
         x = ShapeDtype((rows, case.weights[-1]), jnp.bfloat16)
         targets.compile(targets.HOPPER, lambda x, w: quantized_matmul(x, w), x, w)
+
+
+@pytest.mark.parametrize(
+    "w",
+    [
+        *[fp8(rows, 6144) for rows in (6784, 3392)],
+        *[fp8(6144, 16384), fp8(8, 424, 6144), mxfp4(2048, 6144)],
+    ],
+    ids=lambda w: f"{type(w).__name__} {w.shape}",
+)
+def test_quantized_matmul_of_one_row(w):
+    x = ShapeDtype((1, w.shape[-1]), jnp.bfloat16)
+    compiled = targets.compile(targets.HOPPER, matmul_one.quantized_matmul, x, w)
+    assert compiled.program.as_text().count(" custom-call(") == 1
 
 
 @pytest.mark.parametrize("case", decode_cases.REAL.values(), ids=decode_cases.REAL.keys())

@@ -84,8 +84,8 @@ def test_without_heads_is_without_their_part_of_the_output():
     positions = jnp.arange(len(IDS[0]))[None]
 
     def attended(model):
-        a = model.layers[3].self_attn
-        return np.asarray(a(x, positions, None, Taps())[0])
+        layer = model.layers[3]
+        return np.asarray(layer.self_attn(x, layer.input_layernorm, positions, None, Taps())[0])
 
     whole = attended(lm.model)
     gone = [

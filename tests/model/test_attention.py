@@ -13,6 +13,7 @@ from mimo_jax.config import MiMoConfig
 from mimo_jax.model.attention import Attention
 from mimo_jax.model.cache import LayerCache
 from mimo_jax.model.cached_attention import cached_attention
+from mimo_jax.model.layers import RMSNorm
 from mimo_jax.model.parameters import random_init
 from mimo_jax.model.taps import Taps
 from pallas_kernels.attention.reference import QUERY_BLOCK, attend
@@ -252,6 +253,10 @@ def test_long_prompts_never_hold_all_scores():
 # -- the module -----------------------------------------------------------------------------------
 
 
+EPS = 1e-6
+NORM = RMSNorm(32, EPS, "norm", lambda s: jnp.ones(s.shape))
+
+
 def attention(chunks: int, layer: int = 1, **changes) -> Attention:
     """The attention of a layer of a small model, its weights those of any other chunk count."""
     case = golden.tiny(num_key_value_heads=2, swa_num_key_value_heads=4, **changes)
@@ -273,14 +278,16 @@ def test_trap_1_chunked_rows_give_the_heads_in_their_order(layer):
 
 
 def test_module_against_a_plain_computation():
-    """Projection, rotary, value scale, window, sink and output, in float64 from split weights."""
+    """Norm, projection, rotary, value scale, window, sink and output, in float64 from split
+    weights."""
     case = golden.tiny(num_key_value_heads=2, swa_num_key_value_heads=4, sliding_window=3)
     w = {
         name.removeprefix("model.layers.1.self_attn."): value.astype(np.float64)
         for name, value in recipe.make_weights(case).items()
         if name.startswith("model.layers.1.self_attn.")
     }
-    x = np.random.default_rng(1).standard_normal((1, 6, 32))
+    stream = np.random.default_rng(1).standard_normal((1, 6, 32))
+    x = stream / np.sqrt((stream**2).mean(axis=-1, keepdims=True) + EPS)
     at = np.arange(6)[None]
 
     def heads(which: str, width: int) -> np.ndarray:
@@ -297,9 +304,9 @@ def test_module_against_a_plain_computation():
     out, _ = loop(q, k, v, at, at, window=3, sink=w["attention_sink_bias"])
     expected = out.reshape(1, 6, -1) @ w["o_proj.weight"].T
     module = attention(2, sliding_window=3)
-    got, cache = module(jnp.asarray(x, jnp.float32), jnp.asarray(at), None, Taps())
+    got, cache = module(jnp.asarray(stream, jnp.float32), NORM, jnp.asarray(at), None, Taps())
     assert cache is None
-    np.testing.assert_allclose(got, expected, atol=1e-5)
+    np.testing.assert_allclose(got, stream + expected, atol=1e-5)
 
 
 def test_trap_7_value_scale_multiplies_the_output():
@@ -307,12 +314,13 @@ def test_trap_7_value_scale_multiplies_the_output():
     make = random_init(jax.random.key(0), "float32")
     spec = MiMoConfig.from_dict(golden.tiny().config).layers[0]
     x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 6, 32)), jnp.float32)
+    at = jnp.arange(6)[None]
     outs = [
-        Attention(32, spec, scale, 1, "a", "plain", make)(x, jnp.arange(6)[None], None, Taps())[0]
+        Attention(32, spec, scale, 1, "a", "plain", make)(x, NORM, at, None, Taps())[0] - x
         for scale in (None, 1.0, 0.707)
     ]
     np.testing.assert_array_equal(outs[0], outs[1])
-    np.testing.assert_allclose(outs[2], np.float32(0.707) * outs[0], rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(outs[2], np.float32(0.707) * outs[0], rtol=1e-5, atol=1e-6)
 
 
 def test_only_layers_with_sinks_declare_one():

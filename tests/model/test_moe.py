@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from jaxprs import dot_flops, equations
 
 from mimo_jax.config import MiMoConfig
+from mimo_jax.model.layers import RMSNorm
 from mimo_jax.model.moe import MoE
 from mimo_jax.model.taps import Taps
 from mimo_jax.quant import numpy_dequantize, quantize_fp8, quantize_mxfp4
@@ -259,6 +260,11 @@ def test_only_chosen_experts_are_computed(tokens):
     assert flops < tokens * n * one_row / 4
 
 
+def norm(dim: int) -> RMSNorm:
+    """One whose results are of the order of its weight, a tenth."""
+    return RMSNorm(dim, 1e-6, "norm", lambda s: jnp.full(s.shape, 0.1))
+
+
 def test_no_expert_axis_in_any_product():
     """No matrix product runs over the whole expert stack, in any number of tokens."""
     n = 48
@@ -268,7 +274,7 @@ def test_no_expert_axis_in_any_product():
     assert isinstance(layer, MoE)
     for tokens in (3, 100):
         x = jnp.zeros((1, tokens, 32))
-        for equation in equations(lambda x: layer(x, Taps()), x):
+        for equation in equations(lambda x: layer(x, norm(32), Taps()), x):
             if equation.primitive.name == "dot_general":
                 shapes = [v.aval.shape for v in (*equation.invars, *equation.outvars)]
                 is_router = equation.invars[1].aval.shape == (n, 32)
@@ -294,7 +300,8 @@ def module(dtype: str, **changes) -> tuple[MoE, dict[str, np.ndarray]]:
 def test_module_against_a_loop(tokens, changes):
     layer, w = module("float32", **changes)
     x = np.random.default_rng(tokens).standard_normal((tokens, 32)).astype(np.float32)
-    scores = 1 / (1 + np.exp(-(x.astype(np.float64) @ w["model.layers.1.mlp.gate.weight"].T)))
+    normed = 0.1 * x / np.sqrt((x.astype(np.float64) ** 2).mean(axis=1, keepdims=True) + 1e-6)
+    scores = 1 / (1 + np.exp(-(normed @ w["model.layers.1.mlp.gate.weight"].T)))
     bias = w["model.layers.1.mlp.gate.e_score_correction_bias"]
     weights, chosen = route_loop(
         scores, bias, 2, changes.get("norm_topk_prob", True), changes.get("routed_scaling_factor")
@@ -303,8 +310,8 @@ def test_module_against_a_loop(tokens, changes):
         np.stack([w[f"model.layers.1.mlp.experts.{e}.{p}_proj.weight"] for e in range(8)])
         for p in ("gate", "up", "down")
     ]
-    got = jax.jit(lambda layer, x: layer(x, Taps()))(layer, jnp.asarray(x)[None])
-    np.testing.assert_allclose(got[0], loop(x, weights, chosen, stacks), atol=1e-5)
+    got = jax.jit(lambda layer, x: layer(x, norm(32), Taps()))(layer, jnp.asarray(x)[None])
+    np.testing.assert_allclose(got[0], x + loop(normed, weights, chosen, stacks), atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -314,7 +321,7 @@ def test_trap_16_router_is_exact_float32(dtype):
     x = jnp.zeros((1, 3, 32), dtype)
     routers = [
         equation
-        for equation in equations(lambda x: layer(x, Taps()), x)
+        for equation in equations(lambda x: layer(x, norm(32), Taps()), x)
         if equation.primitive.name == "dot_general" and equation.outvars[0].aval.shape[-1] == 8
     ]
     assert len(routers) == 1
@@ -332,7 +339,7 @@ def test_trap_16_router_tells_apart_what_bfloat16_cannot():
     layer.e_score_correction_bias[...] = jnp.zeros(8)
     layer.top_k = 1
     taps = Taps(["router.1"])
-    layer(jnp.zeros((1, 1, 32), jnp.bfloat16).at[0, 0, 0].set(1.0), taps)
+    layer(jnp.zeros((1, 1, 32), jnp.bfloat16).at[0, 0, 0].set(1.0), norm(32), taps)
     scores = np.asarray(taps.values["router.1"])[0, 0]
     assert scores.argmax() == 5
     assert scores[5] > scores[3] > scores[0]

@@ -45,15 +45,15 @@ def test_hidden_states_are_the_residual_stream():
     hidden, _, _ = MODEL.hidden_states(TOKENS)
     np.testing.assert_allclose(taps["hidden.1"], hidden, atol=1e-4)
     x = taps["hidden.0"]
-    x = x + LAYER.self_attn(LAYER.input_layernorm(x), AT, None, Taps())[0]
-    x = x + EXPERTS(LAYER.post_attention_layernorm(x), Taps())
+    x, _ = LAYER.self_attn(x, LAYER.input_layernorm, AT, None, Taps())
+    x = EXPERTS(x, LAYER.post_attention_layernorm, Taps())
     np.testing.assert_allclose(x, taps["hidden.1"], atol=1e-4)
 
 
 def test_router_scores_are_unbiased_sigmoids():
     _, _, taps = with_all(MODEL, TOKENS)
     x = taps["hidden.0"]
-    x = x + LAYER.self_attn(LAYER.input_layernorm(x), AT, None, Taps())[0]
+    x, _ = LAYER.self_attn(x, LAYER.input_layernorm, AT, None, Taps())
     logits = np.asarray(LAYER.post_attention_layernorm(x)) @ np.asarray(EXPERTS.gate[...]).T
     np.testing.assert_allclose(taps["router.1"], 1 / (1 + np.exp(-logits)), atol=1e-4)
     assert np.abs(EXPERTS.e_score_correction_bias[...]).max() > 0.01

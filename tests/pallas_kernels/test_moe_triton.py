@@ -8,11 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import words
+from pallas_kernels import backends, moe, words
 from pallas_kernels.moe import cases, reference, triton, triton_one, triton_route, triton_scores
 from pallas_kernels.moe.triton import Config, Tiling
+from pallas_kernels.rms_norm import reference as norm_reference
 
 BF16_ERROR = 5e-3
+KERNELS = (("triton",), ("reference",))
 pack = jax.jit(words.pack)
 definition = jax.jit(reference.moe)
 interpreted = jax.jit(functools.partial(triton.moe, interpret=True), static_argnames="config")
@@ -101,6 +103,63 @@ def test_one_token_whose_experts_are_all_elsewhere():
         assert not of_one(x, weights, away, *stacks).any()
 
 
+@pytest.mark.parametrize("residual", [True, False])
+@pytest.mark.parametrize("first", [None, 0, 5])
+@pytest.mark.parametrize(
+    ("experts", "top_k", "options"),
+    [
+        (12, 4, {"normalize": True, "scale": None}),
+        (10, 10, {"normalize": False, "scale": 2.5}),
+    ],
+    ids=str,
+)
+def test_one_token_from_its_scores_on(experts, top_k, options, first, residual):
+    """Against the composition of the operations' references, with some experts elsewhere."""
+    case = cases.Case(1, 96, 160, experts if first is None else experts - 5, top_k)
+    x, _, _ = cases.tokens(dataclasses.replace(case, top_k=1), 2)
+    stacks = cases.experts(case, 1)
+    rng = np.random.default_rng(experts)
+    scores = jnp.asarray(rng.random((1, experts)).round(1), jnp.float32)  # with ties
+    bias = jnp.asarray(rng.standard_normal(experts).round(1), jnp.float32)
+    first = None if first is None else jnp.int32(first)
+    added_to = 1000 * x if residual else None
+    options |= {"top_k": top_k}
+    expected, weights_expected, chosen_expected = jax.jit(
+        functools.partial(moe.routed_moe, first=first, residual=None, **options)
+    )(x.astype(jnp.float32), scores, bias, *stacks)
+    routed = jax.jit(functools.partial(triton_one.routed_moe, interpret=True, **options))
+    got, weights, chosen = routed(x, scores, bias, first, added_to, *map(pack, stacks))
+    np.testing.assert_array_equal(chosen, chosen_expected)
+    np.testing.assert_array_equal(weights, weights_expected)
+    if added_to is None:
+        assert got.dtype == jnp.float32
+        assert relative_error(got, expected) < BF16_ERROR
+    else:
+        assert got.dtype == jnp.bfloat16
+        assert relative_error(got, added_to + expected) < BF16_ERROR
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("elsewhere", [True, False])
+def test_routed_experts_of_a_model(tokens, elsewhere):
+    """The operation as a model calls it: kernels where there are some, and the same without."""
+    case = cases.Case(tokens, 128, 128, 6, 2)
+    x, _, _ = cases.tokens(case, 2)
+    stacks = cases.experts(case, 1)
+    rng = np.random.default_rng(tokens)
+    scores = jnp.asarray(rng.random((tokens, 9)), jnp.float32)
+    options = {"top_k": 2, "normalize": True, "scale": None}
+    first = jnp.int32(3) if elsewhere else None
+    given = (x, scores, jnp.zeros(9))
+    expected = moe.routed_moe(*given, *stacks, first=first, residual=x, **options)
+    with backends.interpreted():
+        got = moe.routed_moe(*given, *map(pack, stacks), first=first, residual=x, **options)
+    assert got[0].dtype == x.dtype
+    assert relative_error(got[0], expected[0]) < BF16_ERROR
+    for a, b in zip(got[1:], expected[1:]):
+        np.testing.assert_array_equal(a, b)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -159,6 +218,36 @@ def test_router_scores(tokens, dim):
     router = jnp.asarray(rng.standard_normal((20, dim)) / np.sqrt(dim), jnp.float32)
     got = triton_scores.scores(x, router, interpret=True)
     assert relative_error(got, reference.scores(x, router)) < 1e-6
+
+
+@pytest.mark.parametrize(("dim", "dtype"), [(96, jnp.float32), (1536, jnp.bfloat16)])
+def test_norm_and_scores_in_one_kernel(dim, dtype):
+    rng = np.random.default_rng(dim)
+    x = jnp.asarray(30 * rng.standard_normal((1, dim)), jnp.bfloat16)
+    weight = jnp.asarray(rng.uniform(0.5, 1.5, dim), jnp.bfloat16)
+    router = jnp.asarray(rng.standard_normal((20, dim)) / np.sqrt(dim), dtype)
+    # As kernels do, XLA is to round y before it is multiplied.
+    call = jax.jit(
+        functools.partial(triton_scores.normed_scores, eps=1e-5, interpret=True),
+        compiler_options={"xla_allow_excess_precision": False},
+    )
+    y, got = call(x, weight, router)
+    expected = norm_reference.rms_norm(x.astype(jnp.float32), weight.astype(jnp.float32), eps=1e-5)
+    assert y.dtype == jnp.bfloat16
+    assert relative_error(y, expected) < BF16_ERROR
+    assert relative_error(got, reference.scores(y, router)) < 1e-6
+    with backends.interpreted():
+        calls = [moe.normed_scores(x, weight, router, eps=1e-5, kernels=k) for k in KERNELS]
+    for pair in zip(*calls):
+        np.testing.assert_allclose(*pair, rtol=2e-2)
+
+
+def test_norm_and_scores_of_what_is_not_one_bfloat16_token():
+    weight, router = jnp.ones(32), jnp.zeros((4, 32))
+    with pytest.raises(NotImplementedError, match="3 tokens are more than one"):
+        triton_scores.normed_scores(jnp.zeros((3, 32), jnp.bfloat16), weight, router, eps=1e-5)
+    with pytest.raises(NotImplementedError, match="float32"):
+        triton_scores.normed_scores(jnp.zeros((1, 32)), weight, router, eps=1e-5)
 
 
 def test_router_scores_of_more_tokens():

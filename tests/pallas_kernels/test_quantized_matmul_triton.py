@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from mimo_jax import quant
-from pallas_kernels import words
+from pallas_kernels import backends, quantized_matmul, words
 from pallas_kernels.dequantize import dequantize
 from pallas_kernels.formats import FP8Array
-from pallas_kernels.quantized_matmul import reference, triton
+from pallas_kernels.quantized_matmul import reference, triton, triton_one
 from pallas_kernels.quantized_matmul.cases import AWKWARD, REAL, Case
 from pallas_kernels.quantized_matmul.triton import Config
 
@@ -23,6 +23,9 @@ interpreted = jax.jit(
     functools.partial(triton.quantized_matmul, interpret=True), static_argnames="config"
 )
 decoded = jax.jit(functools.partial(triton.dequantize, interpret=True))
+of_one = jax.jit(
+    functools.partial(triton_one.quantized_matmul, interpret=True), static_argnames="config"
+)
 
 
 def normal(seed: int, *shape: int):
@@ -81,6 +84,57 @@ def test_dense_weights_are_those_of_dequantize(case):
     np.testing.assert_array_equal(dense.astype(jnp.float32), expected.astype(jnp.float32))
 
 
+# One and three column tiles, which no parts divide, and eight, which all do.
+ONE = [
+    Case("column-tile", "fp8", (64, 128)),
+    Case("off-tiles", "fp8", (70, 300)),
+    Case("half-block", "fp8", (3, 192, 384)),
+    Case("column-tile-mxfp4", "mxfp4", (70, 96)),
+    Case("stack-mxfp4", "mxfp4", (2, 128, 384)),
+]
+PARTS = [Case("parts", "fp8", (2, 100, 1000)), Case("parts-mxfp4", "mxfp4", (3, 70, 1024))]
+
+
+@pytest.mark.parametrize(
+    ("case", "parts"),
+    [*((case, 8) for case in ONE), *((case, parts) for case in PARTS for parts in (1, 2, 4, 8))],
+    ids=lambda v: v.name if isinstance(v, Case) else str(v),
+)
+def test_one_row(case, parts):
+    w = weights(case)
+    x = activations(1, w.shape[-1])
+    check(of_one(x, pack(w), config=triton_one.Config(parts, height=32)), x, w)
+
+
+@pytest.mark.parametrize("height", [16, 64])
+def test_heights_of_one_row(height):
+    w = weights(PARTS[0])
+    x = activations(1, w.shape[-1])
+    for parts in (1, 8):
+        check(of_one(x, pack(w), config=triton_one.Config(parts, height)), x, w)
+
+
+@pytest.mark.parametrize(("rows", "form"), [(1, "quantized_matmul_one"), (2, "quantized_matmul")])
+def test_one_row_has_a_kernel_of_its_own(rows, form):
+    w = weights(AWKWARD[0])
+    x = activations(rows, w.shape[-1])
+    packed = words.pack(w, ("triton",))
+    with backends.interpreted():
+        program = jax.make_jaxpr(quantized_matmul.quantized_matmul)(x, packed)
+        check(quantized_matmul.quantized_matmul(x, packed), x, w)
+    assert f"name={form}\n" in str(program)
+
+
+def test_what_is_not_for_the_kernel_of_one_row():
+    w = pack(weights(AWKWARD[0]))
+    with pytest.raises(NotImplementedError, match="2 rows are more than one"):
+        triton_one.quantized_matmul(activations(2, w.shape[-1]), w)
+    tall = jax.eval_shape(pack, weights(Case("tall", "fp8", (64 * 200, 128))))
+    assert triton_one.unsupported(activations(1, 128), tall) == (
+        "12800 rows of weights keep a device busy by themselves"
+    )
+
+
 def test_every_code(monkeypatch):
     """All e4m3 codes but NaN, -0 and subnormals among them, and many tokens: decoded to memory."""
     monkeypatch.setattr(triton, "FUSED_TOKENS", 8)
@@ -114,3 +168,15 @@ def test_configurations_fit_the_shapes(case):
         assert steps % (config.splits * config.unroll) == 0
         if config.splits > 1:
             assert row_tiles * config.splits < 2 * triton.PROGRAMS
+
+
+@pytest.mark.parametrize("case", REAL, ids=lambda c: c.name)
+def test_parts_of_one_row_fit_the_shapes(case):
+    dense = jax.ShapeDtypeStruct(case.weights, jnp.float32)
+    w = jax.eval_shape(lambda dense: pack(QUANTIZE[case.format](dense)), dense)
+    row_tiles, steps = math.prod(w.words.shape[:-3]), w.words.shape[-3]
+    config = triton_one.configure(w)
+    assert steps % config.parts == 0
+    assert steps // config.parts >= triton_one.STEPS
+    if config.parts > 1:
+        assert row_tiles * config.parts < 2 * triton_one.PROGRAMS
