@@ -122,21 +122,23 @@ def bits(key: Any, shape: tuple[int, ...], dtype: Any) -> jax.Array:
     return jax.random.bits(key, shape, dtype)
 
 
-def mxfp4_words(key: Any, shape: tuple[int, ...], kernels: tuple[str, ...]) -> MXFP4Words:
-    """Random weights, packed."""
+def mxfp4_words(
+    key: Any, shape: tuple[int, ...], kernels: tuple[str, ...], scale: int = SCALE_BYTES
+) -> MXFP4Words:
+    """Random weights, packed; `scale` is the less of their two scale bytes."""
     *lead, r, c = shape
     first, second = jax.random.split(key)
     words = bits(first, (*lead, r // 64, c // 128, 64, 32), jnp.uint16)
     which = bits(second, (*lead, r // 64, c // 128, 64), jnp.uint32) & 0x01010101
-    scales = which + jnp.uint32(0x01010101 * (SCALE_BYTES + 126))
+    scales = which + jnp.uint32(0x01010101 * (scale + 126))
     return MXFP4Words(words, scales, r, c, kernels)
 
 
-def mxfp4_array(key: Any, shape: tuple[int, ...]) -> MXFP4Array:
+def mxfp4_array(key: Any, shape: tuple[int, ...], scale: int = SCALE_BYTES) -> MXFP4Array:
     """Random weights in the checkpoint's format."""
     *lead, r, c = shape
     first, second = jax.random.split(key)
-    scales = SCALE_BYTES + (bits(second, (*lead, r, c // 32), jnp.uint8) & 1)
+    scales = scale + (bits(second, (*lead, r, c // 32), jnp.uint8) & 1)
     return MXFP4Array(bits(first, (*lead, r, c // 2), jnp.uint8), scales)
 
 
@@ -208,9 +210,13 @@ def moe_jobs(args: argparse.Namespace, names: tuple[str, ...]) -> Iterator[list[
             by_sizes.setdefault(sizes, {})[name] = case
     for (e, f, d), group in by_sizes.items():
         shapes = [(e, f, d), (e, f, d), (e, d, f)]
+        # So little is added to the residual stream that all calls choose the same experts.
+        bytes_of = [SCALE_BYTES, SCALE_BYTES, SCALE_BYTES - 8]
         keys = [[jax.random.fold_in(key, 3 * i + j) for j in range(3)] for i in range(args.sets)]
-        stacks = [[mxfp4_words(k, s, names) for k, s in zip(ks, shapes)] for ks in keys]
-        plain = [[mxfp4_array(k, s) for k, s in zip(keys[0], shapes)]]
+        stacks = [
+            [mxfp4_words(k, s, names, b) for k, s, b in zip(ks, shapes, bytes_of)] for ks in keys
+        ]
+        plain = [[mxfp4_array(k, s, b) for k, s, b in zip(keys[0], shapes, bytes_of)]]
         router = jax.random.normal(key, (e, d)) / math.sqrt(d)
         bias = jax.random.normal(key, (e,)) * 1e-3  # hardly any expert is more wanted
         norm = 1 + 0.1 * jax.random.normal(key, (d,), jnp.bfloat16)

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+# Columns that matrix instructions sum, since those of GPUs round each addition towards zero.
+LONGEST = 2048
 UPPER_HALF = -(2**16)  # of 32 bits: sign, exponent and 7 bits of mantissa of a float32 number
 
 
@@ -34,7 +36,15 @@ def scores(
     if reason := unsupported(x, router):
         raise NotImplementedError(reason)
     parts = jnp.concatenate(thirds(router.astype(jnp.float32)))
-    products = jnp.einsum("pd,ed->pe", x, parts, preferred_element_type=jnp.float32)
+    products = sum(
+        jnp.einsum(
+            "pd,ed->pe",
+            x[:, start : start + LONGEST],
+            parts[:, start : start + LONGEST],
+            preferred_element_type=jnp.float32,
+        )
+        for start in range(0, x.shape[1], LONGEST)
+    )
     first, second, third = jnp.split(products, 3, axis=1)
     return jax.nn.sigmoid(first + (second + third))
 

@@ -1,4 +1,4 @@
-"""The product of one row with packed FP8 or MXFP4 weights that have few rows, in Triton.
+"""The product of one row with packed FP8 weights that have few rows, in Triton.
 
 The narrowest matrix instruction has eight columns, and one row would use one of them.  Here, as in
 `moe.triton_one`, each column has another part of the sum: x's values in one of several ranges of
@@ -22,7 +22,7 @@ from jaxtyping import Array, Float
 from pallas_kernels.formats import FP8_BLOCK
 from pallas_kernels.quantized_matmul import triton
 from pallas_kernels.quantized_matmul.triton import HALF, decode_halves
-from pallas_kernels.triton import ANYWHERE, COLUMNS, groups, load_rows, mxfp4_products, own_column
+from pallas_kernels.triton import ANYWHERE, COLUMNS, groups, own_column
 from pallas_kernels.words import TILE_COLUMNS, TILE_ROWS, FP8Words, Words
 
 # Two for each of an H100's 132 multiprocessors keep its memory busy.
@@ -56,9 +56,11 @@ def configure(w: Words) -> Config:
 
 
 def unsupported(x: Any, w: Any) -> str | None:
-    """Why this kernel can't do a case, or why the one for more rows does it better."""
+    """Why this kernel can't do a case, or why the other one does it better."""
     if reason := triton.unsupported(x, w):
         return reason
+    if not isinstance(w, FP8Words):
+        return "MXFP4 weights of few rows are read faster in shares"
     if len(x) > 1:
         return f"{len(x)} rows are more than one"
     row_tiles = math.prod(w.words.shape[:-3])
@@ -78,7 +80,7 @@ def quantized_matmul(
 
     Args:
       x: activations, bfloat16.
-      w: packed weights [F, D] or [C, R, D].
+      w: packed FP8 weights [F, D] or [C, R, D].
       config: how the product is cut.
       interpret: run on any device, slowly.
 
@@ -99,38 +101,30 @@ def quantized_matmul(
         program = pl.program_id(0)
         matrix, tile = program // tiles_of_matrix, program % tiles_of_matrix
         part, row = groups(tile, config.height, rows)
+        which, within = tile * rows // TILE_ROWS, (row % TILE_ROWS)[:, None]
+        word, block = jnp.arange(HALF)[None, :], tile * rows // FP8_BLOCK
         column_part = jnp.arange(COLUMNS) % parts
 
-        def columns_of_x(column: Array) -> Array:
-            first = column_part * (steps * TILE_COLUMNS)
-            return plt.load(x_ref.at[first[None, :] + column[:, None]])
+        def scales(at: Any) -> Array:
+            # Of each column's part, since a row wants its own part's column.
+            at = column_part * steps + jnp.minimum(at, steps - 1)
+            return plt.load(scales_ref.at[matrix, block, at])
 
-        if isinstance(w, FP8Words):
-            which, within = tile * rows // TILE_ROWS, (row % TILE_ROWS)[:, None]
-            word, block = jnp.arange(HALF)[None, :], tile * rows // FP8_BLOCK
+        def body(at: Any, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+            total, scale = carry
+            # One step ahead, because Triton doesn't fetch a few numbers early by itself.
+            following = scales(at + 1)
+            step, y = (part * steps + at)[:, None], jnp.zeros_like(total)
+            codes = plt.load(words_ref.at[matrix, which, step, within, word])
+            for j in range(2):
+                column = at * TILE_COLUMNS + HALF * j + jnp.arange(HALF)
+                first = column_part * (steps * TILE_COLUMNS)
+                x = plt.load(x_ref.at[first[None, :] + column[:, None]])
+                y += plt.dot(decode_halves(codes, j, interpret=interpret), x)
+            return total + y * scale[None, :], following
 
-            def words(at: Any) -> Array:
-                step = (part * steps + at)[:, None]
-                return plt.load(words_ref.at[matrix, which, step, within, word])
-
-            def scales(at: Any) -> Array:
-                # Of each column's part, since a row wants its own part's column.
-                at = column_part * steps + jnp.minimum(at, steps - 1)
-                return plt.load(scales_ref.at[matrix, block, at])
-
-            y = _fp8_product(
-                words, scales, columns_of_x, rows=config.height, steps=steps, interpret=interpret
-            )
-        else:
-            [y] = mxfp4_products(
-                [lambda at: load_rows(words_ref, scales_ref, matrix, row, part * steps + at)],
-                columns_of_x,
-                rows=config.height,
-                tokens=COLUMNS,
-                steps=steps,
-                unroll=1,
-                interpret=interpret,
-            )
+        zeros = jnp.zeros((config.height, COLUMNS), jnp.float32)
+        y = jax.lax.fori_loop(0, steps, body, (zeros, scales(0)))[0]
         y = own_column(y, part).reshape(parts, rows).sum(axis=0)
         plt.store(out_ref.at[program * rows + jnp.arange(rows)], y.astype(out_ref.dtype))
 
@@ -149,28 +143,3 @@ def quantized_matmul(
         w.scales.reshape(-1, *w.scales.shape[w.words.ndim - 4 :]),
     )
     return y.reshape(1, *w.shape[:-2], per_matrix)[..., : w.shape[-2]]
-
-
-def _fp8_product(
-    words: Any, scales: Any, columns_of_x: Any, *, rows: int, steps: int, interpret: bool
-) -> Float[Array, "M N"]:
-    """A product over `steps` column tiles.
-
-    Args:
-      words, scales: load a column tile's words [M, 64], and the scale of each column's [N].
-      columns_of_x: loads x's values at some columns of all N.
-      rows, steps, interpret: M, and as in `triton.mxfp4_products`.
-    """
-
-    def body(at: Any, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-        total, scale = carry
-        # One step ahead, because Triton doesn't fetch a few numbers early by itself.
-        following = scales(at + 1)
-        codes, y = words(at), jnp.zeros_like(total)
-        for j in range(2):
-            x = columns_of_x(at * TILE_COLUMNS + HALF * j + jnp.arange(HALF))
-            y += plt.dot(decode_halves(codes, j, interpret=interpret), x)
-        return total + y * scale[None, :], following
-
-    zeros = jnp.zeros((rows, COLUMNS), jnp.float32)
-    return jax.lax.fori_loop(0, steps, body, (zeros, scales(0)))[0]

@@ -89,15 +89,13 @@ ONE = [
     Case("column-tile", "fp8", (64, 128)),
     Case("off-tiles", "fp8", (70, 300)),
     Case("half-block", "fp8", (3, 192, 384)),
-    Case("column-tile-mxfp4", "mxfp4", (70, 96)),
-    Case("stack-mxfp4", "mxfp4", (2, 128, 384)),
 ]
-PARTS = [Case("parts", "fp8", (2, 100, 1000)), Case("parts-mxfp4", "mxfp4", (3, 70, 1024))]
+PARTS = Case("parts", "fp8", (2, 100, 1000))
 
 
 @pytest.mark.parametrize(
     ("case", "parts"),
-    [*((case, 8) for case in ONE), *((case, parts) for case in PARTS for parts in (1, 2, 4, 8))],
+    [*((case, 8) for case in ONE), *((PARTS, parts) for parts in (1, 2, 4, 8))],
     ids=lambda v: v.name if isinstance(v, Case) else str(v),
 )
 def test_one_row(case, parts):
@@ -108,7 +106,7 @@ def test_one_row(case, parts):
 
 @pytest.mark.parametrize("height", [16, 64])
 def test_heights_of_one_row(height):
-    w = weights(PARTS[0])
+    w = weights(PARTS)
     x = activations(1, w.shape[-1])
     for parts in (1, 8):
         check(of_one(x, pack(w), config=triton_one.Config(parts, height)), x, w)
@@ -129,6 +127,9 @@ def test_what_is_not_for_the_kernel_of_one_row():
     w = pack(weights(AWKWARD[0]))
     with pytest.raises(NotImplementedError, match="2 rows are more than one"):
         triton_one.quantized_matmul(activations(2, w.shape[-1]), w)
+    of_mxfp4 = pack(weights(Case("tile", "mxfp4", (64, 128))))
+    with pytest.raises(NotImplementedError, match="MXFP4"):
+        triton_one.quantized_matmul(activations(1, 128), of_mxfp4)
     tall = jax.eval_shape(pack, weights(Case("tall", "fp8", (64 * 200, 128))))
     assert triton_one.unsupported(activations(1, 128), tall) == (
         "12800 rows of weights keep a device busy by themselves"
@@ -170,7 +171,7 @@ def test_configurations_fit_the_shapes(case):
             assert row_tiles * config.splits < 2 * triton.PROGRAMS
 
 
-@pytest.mark.parametrize("case", REAL, ids=lambda c: c.name)
+@pytest.mark.parametrize("case", REAL[:-1], ids=lambda c: c.name)
 def test_parts_of_one_row_fit_the_shapes(case):
     dense = jax.ShapeDtypeStruct(case.weights, jnp.float32)
     w = jax.eval_shape(lambda dense: pack(QUANTIZE[case.format](dense)), dense)
