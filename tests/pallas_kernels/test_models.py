@@ -2,6 +2,7 @@
 
 import functools
 import os
+import re
 from unittest import mock
 
 import jax
@@ -13,12 +14,14 @@ from tiny import two_layers
 
 import mimo_jax as mj
 from mimo_jax import checkpoint
+from mimo_jax.model.cache import init_cache
 from mimo_jax.model.packing import use_kernels
 from mimo_jax.model.parameters import parameters
 from mimo_jax.quant import FP8Array, MXFP4Array
 from pallas_kernels import backends
 from pallas_kernels.backends import BackendError
 from pallas_kernels.packed import FP8Words, MXFP4Words, Packed
+from sharding.mesh import use
 
 IDS = np.arange(300, 310)[None]
 # Interpreted kernels of a model run longer than it takes to optimise them a little.
@@ -71,14 +74,31 @@ def test_parts_that_share_blocks_of_scales():
         loaded("triton", "expert=2,tensor=2")
 
 
-@pytest.mark.parametrize("kernels", ["triton", "mosaic_tpu"])
-def test_greedy_tokens_of_kernels(kernels):
+@pytest.mark.parametrize(
+    ("kernels", "mesh"),
+    [("triton", None), ("triton", "tensor=2"), ("triton", "expert=2"), ("mosaic_tpu", None)],
+)
+def test_greedy_tokens_of_kernels(kernels, mesh):
+    """On meshes with a part of each expert's width, and with a half of the experts."""
     params = mj.SamplingParams(temperature=0.0, max_tokens=4)
     with backends.interpreted():
-        got = loaded(kernels).generate([IDS[0].tolist()], params)[0].token_ids
+        got = loaded(kernels, mesh).generate([IDS[0].tolist()], params)[0].token_ids
     assert len(got) == 4
     expected = loaded().generate([IDS[0].tolist()], params)[0].token_ids
     assert got == expected
+
+
+@pytest.mark.parametrize("mesh", [None, "tensor=2", "expert=2"])
+def test_kernels_of_a_step_with_one_token(mesh):
+    """What is done by kernels for one token, on each device of a mesh too."""
+    lm = loaded("triton", mesh)
+    with use(lm.mesh), backends.interpreted():
+        one = jnp.zeros((1, 1), jnp.int32)
+        cache = init_cache(lm.config, 1, 16, placement=lm.placement)
+        program = str(jax.make_jaxpr(lm.model)(one, one, cache))
+    names = set(re.findall(r"name=(\w+)", program))
+    assert {"moe_normed_scores", "moe_up_one", "moe_down_one", "residual_matmul"} <= names
+    assert not {"moe_route", "moe_scores", "moe_up"} & names
 
 
 @pytest.mark.parametrize(
