@@ -21,6 +21,7 @@ from pallas_kernels.words import GROUPS, PTX_PLACE, TILE_COLUMNS, TILE_ROWS, dec
 # Where a kernel itself says what it loads.
 ANYWHERE = pl.BlockSpec(memory_space=pl.ANY)
 COLUMNS = 8  # of the narrowest matrix instruction
+LEAST_HEIGHT = 16  # its rows
 
 
 def decode(

@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from bench_jobs import Check, Job, n_calls, poison, supported
+from bench_step import EPS
 from circumstances import circumstances
 from rich.console import Console
 from rich.table import Table
@@ -43,7 +44,6 @@ from pallas_kernels.residual import added
 from pallas_kernels.rms_norm import reference as norm_reference
 from pallas_kernels.words import FP8Words, MXFP4Words
 
-EPS = 1e-5
 LIMIT = 5e-3  # of the relative error (norm) of bfloat16 results
 SCORES_LIMIT = 1e-6  # of float32 ones
 SAMPLE = 16  # tokens whose experts' results are compared

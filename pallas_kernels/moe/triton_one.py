@@ -29,6 +29,7 @@ from pallas_kernels.packed import refused
 from pallas_kernels.triton import (
     ANYWHERE,
     COLUMNS,
+    LEAST_HEIGHT,
     groups,
     joined,
     load_rows,
@@ -36,8 +37,6 @@ from pallas_kernels.triton import (
     own_column,
 )
 from pallas_kernels.words import TILE_COLUMNS, MXFP4Words
-
-LEAST_HEIGHT = 16  # rows of a matrix instruction
 
 
 @dataclasses.dataclass(frozen=True)

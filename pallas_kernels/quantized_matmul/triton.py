@@ -54,7 +54,7 @@ class Config:
 
 def configure(tokens: int, w: Words) -> Config:
     """What was fastest on an H100 (benchmarks/LOG.md)."""
-    row_tiles, steps = _tiles(w)
+    row_tiles, steps = tile_counts(w)
     width = min(128, max(8, pl.next_power_of_2(tokens)))
     programs = row_tiles * pl.cdiv(tokens, width)
     if programs < PROGRAMS:
@@ -112,7 +112,7 @@ def quantized_matmul(
 
 def _fused(x: Float[Array, "T C"], w: Words, config: Config, interpret: bool) -> Array:
     """The product with all tiles of rows, [T, tiles * 64]."""
-    row_tiles, steps = _tiles(w)
+    row_tiles, steps = tile_counts(w)
     n_rows = row_tiles * TILE_ROWS
     splits = math.gcd(config.splits, steps)
     steps //= splits
@@ -141,7 +141,7 @@ def _fused(x: Float[Array, "T C"], w: Words, config: Config, interpret: bool) ->
     return y.sum(axis=0).astype(x.dtype) if splits > 1 else y[0]
 
 
-def _tiles(w: Words) -> tuple[int, int]:
+def tile_counts(w: Words) -> tuple[int, int]:
     """Tiles of rows, those of a stack's matrices one after the other, and of columns."""
     return math.prod(w.words.shape[:-3]), w.words.shape[-3]
 
@@ -299,7 +299,7 @@ def dequantize(w: Words, *, interpret: bool = False) -> Float[Array, "rows C"]:
 
     They are those of `pallas_kernels.dequantize`.
     """
-    row_tiles, column_tiles = _tiles(w)
+    row_tiles, column_tiles = tile_counts(w)
     kernel = functools.partial(
         _dequantize_fp8_kernel if isinstance(w, FP8Words) else _dequantize_mxfp4_kernel,
         per_stack=w.words.shape[-4],

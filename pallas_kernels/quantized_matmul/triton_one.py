@@ -48,7 +48,7 @@ class Config:
 
 def configure(w: Words) -> Config:
     """As few parts as give every multiprocessor work, each of several steps."""
-    row_tiles, steps = math.prod(w.words.shape[:-3]), w.words.shape[-3]
+    row_tiles, steps = triton.tile_counts(w)
     parts = 1
     while parts < COLUMNS and row_tiles * parts < PROGRAMS and steps >= 2 * parts * STEPS:
         parts *= 2
@@ -63,7 +63,7 @@ def unsupported(x: Any, w: Any) -> str | None:
         return "MXFP4 weights of few rows are read faster in shares"
     if len(x) > 1:
         return f"{len(x)} rows are more than one"
-    row_tiles = math.prod(w.words.shape[:-3])
+    row_tiles, _ = triton.tile_counts(w)
     if row_tiles >= triton.PROGRAMS:
         return f"{row_tiles * TILE_ROWS} rows of weights keep a device busy by themselves"
     return None
@@ -91,9 +91,9 @@ def quantized_matmul(
         raise NotImplementedError(reason)
     config = config or configure(w)
     per_matrix, dim = w.padded
-    n_rows = math.prod(w.words.shape[:-4]) * per_matrix
-    parts = math.gcd(config.parts, dim // TILE_COLUMNS)
-    steps = dim // TILE_COLUMNS // parts
+    row_tiles, steps = triton.tile_counts(w)
+    parts = math.gcd(config.parts, steps)
+    steps //= parts
     rows = config.height // parts
     tiles_of_matrix = per_matrix // rows
 
@@ -104,6 +104,7 @@ def quantized_matmul(
         which, within = tile * rows // TILE_ROWS, (row % TILE_ROWS)[:, None]
         word, block = jnp.arange(HALF)[None, :], tile * rows // FP8_BLOCK
         column_part = jnp.arange(COLUMNS) % parts
+        first = column_part * (steps * TILE_COLUMNS)
 
         def scales(at: Any) -> Array:
             # Of each column's part, since a row wants its own part's column.
@@ -118,7 +119,6 @@ def quantized_matmul(
             codes = plt.load(words_ref.at[matrix, which, step, within, word])
             for j in range(2):
                 column = at * TILE_COLUMNS + HALF * j + jnp.arange(HALF)
-                first = column_part * (steps * TILE_COLUMNS)
                 x = plt.load(x_ref.at[first[None, :] + column[:, None]])
                 y += plt.dot(decode_halves(codes, j, interpret=interpret), x)
             return total + y * scale[None, :], following
@@ -130,8 +130,8 @@ def quantized_matmul(
 
     y = pl.pallas_call(
         kernel,
-        out_shape=jax.ShapeDtypeStruct((n_rows,), x.dtype),
-        grid=(n_rows // rows,),
+        out_shape=jax.ShapeDtypeStruct((row_tiles * TILE_ROWS,), x.dtype),
+        grid=(row_tiles * TILE_ROWS // rows,),
         in_specs=[ANYWHERE] * 3,
         out_specs=ANYWHERE,
         compiler_params=plt.CompilerParams(num_warps=config.warps, num_stages=config.stages),

@@ -21,10 +21,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float
 
-from pallas_kernels.triton import ANYWHERE, COLUMNS, groups
+from pallas_kernels.triton import ANYWHERE, COLUMNS, LEAST_HEIGHT, groups
 
 MAX_ROWS = 8  # of x
-LEAST_HEIGHT = 16  # rows of a matrix instruction
 MULTIPLE = 128  # of F: COLUMNS ranges of 16, which a matrix instruction sums
 
 
