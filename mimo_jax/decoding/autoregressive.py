@@ -155,9 +155,10 @@ class Decoder:
     ) -> tuple[DecodeState, Seen]:
         """Sends the device further steps of a batch, whose state is given away."""
         with self.on_mesh():
-            return self._decode(
+            state, seen = self._decode(
                 leaves, state, rows, ignore_eos, top_logprobs=top_logprobs, **self._options()
             )
+        return state, seen.on_its_way()
 
     def learn(self, block: Block, seconds: float | None) -> None:
         """Looks at what a dispatch has produced, in how many seconds if nothing was compiled.
@@ -277,7 +278,8 @@ class Decoder:
                 leaves, tokens, positions, held, row_params, ignore_eos, remaining,
                 top_logprobs=top,
             )  # fmt: skip
-        return _Run(leaves, state, row_params, ignore_eos, top, (rows, cache_len)), seen
+        run = _Run(leaves, state, row_params, ignore_eos, top, (rows, cache_len))
+        return run, seen.on_its_way()
 
     def lowered(
         self, rows: int, length: int, max_len: int

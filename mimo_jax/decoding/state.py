@@ -58,6 +58,12 @@ class Seen:
     ticks: Int32[Array, "B rounds 2"] | None = None
     width: int = dataclasses.field(default=1, metadata={"static": True})
 
+    def on_its_way(self) -> Seen:
+        """Itself, whose arrays are copied to the host as soon as the device has them."""
+        for array in jax.tree.leaves(self):
+            array.copy_to_host_async()
+        return self
+
 
 @dataclasses.dataclass(frozen=True)
 class Block:

@@ -1,12 +1,16 @@
 """Router scores of many tokens: a float32 product at the rate of bfloat16's matrix instructions.
 
 bfloat16 activations times a float32 router, exactly: a float32 number is the sum of three bfloat16
-numbers, and products of two bfloat16 numbers are float32 numbers.  Only the order of the additions
-is another than in XLA's float32 product, which GPUs do without matrix units and TPUs in six passes.
+numbers, and products of two bfloat16 numbers are float32 numbers.  A router that is stored in
+bfloat16, as V2.6's are, is one part.  Only the order of the additions is another than in XLA's
+float32 product, which GPUs do without matrix units and TPUs in six passes.
 """
 
 from __future__ import annotations
 
+import functools
+import operator
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -35,18 +39,28 @@ def scores(
     del interpret  # nothing to interpret
     if reason := unsupported(x, router):
         raise NotImplementedError(reason)
-    parts = jnp.concatenate(thirds(router.astype(jnp.float32)))
+    split = parts(router)
+    weights = jnp.concatenate(split)
     products = sum(
         jnp.einsum(
             "pd,ed->pe",
             x[:, start : start + LONGEST],
-            parts[:, start : start + LONGEST],
+            weights[:, start : start + LONGEST],
             preferred_element_type=jnp.float32,
         )
         for start in range(0, x.shape[1], LONGEST)
     )
-    first, second, third = jnp.split(products, 3, axis=1)
-    return jax.nn.sigmoid(first + (second + third))
+    return jax.nn.sigmoid(total(jnp.split(products, len(split), axis=1)))
+
+
+def parts(router: Float[Array, "E D"]) -> list[Float[Array, "E D"]]:
+    """bfloat16 arrays whose sum is the router, the largest first."""
+    return [router] if router.dtype == jnp.bfloat16 else thirds(router.astype(jnp.float32))
+
+
+def total(products: Sequence[Float[Array, "..."]]) -> Float[Array, "..."]:
+    """The sum of the products with `parts`, the smallest first."""
+    return functools.reduce(operator.add, reversed(products))
 
 
 def thirds(w: Float[Array, "E D"]) -> list[Float[Array, "E D"]]:

@@ -1,8 +1,7 @@
-"""Router scores of few tokens, in Triton, in float32: the router is read once, as it is.
+"""Router scores in Triton, in float32: of few tokens the router is read once, as it is.
 
-Up to eight tokens, a program an expert multiplies and adds.  More have matrix instructions: a
-float32 number is the sum of three bfloat16 numbers, whose products with bfloat16 activations are
-exact, and which are made of it in registers (`split_scores` makes them in memory).
+Up to eight tokens, a program an expert multiplies and adds.  More have matrix instructions, for the
+bfloat16 `split_scores.parts` of the router, which are made in registers here.
 """
 
 from __future__ import annotations
@@ -17,10 +16,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float
 
-from pallas_kernels.moe.split_scores import thirds
+from pallas_kernels.moe.split_scores import LONGEST, parts, total
 from pallas_kernels.triton import ANYWHERE
 
-MAX_TOKENS = 64
+# Up to which they were faster than `split_scores`, of a bfloat16 and of a float32 router.
+MAX_TOKENS, MAX_TOKENS_FLOAT32 = 4096, 1024
 FEW_TOKENS = 8  # up to which they are multiplied without matrix instructions
 BLOCK = 1024  # columns at a time
 
@@ -30,24 +30,35 @@ class Config:
     """How the product of more than `FEW_TOKENS` is cut.
 
     Attributes:
-      experts: of a program.
+      tokens, experts: of a program.
       columns: at a time.
       splits: programs that share the columns; XLA adds up their sums.
       stages, warps: for Triton.
     """
 
-    experts: int = 16
+    tokens: int
+    experts: int
+    splits: int
     columns: int = 64
-    splits: int = 16
     stages: int = 3
     warps: int = 2
 
 
+def configure(tokens: int, dim: int, router_dtype: Any) -> Config:
+    """What was fastest on an H100 (benchmarks/LOG.md)."""
+    if tokens <= 64:
+        return Config(max(16, pl.next_power_of_2(tokens)), experts=16, splits=16)
+    splits = pl.cdiv(dim, LONGEST)
+    if router_dtype == jnp.bfloat16:
+        return Config(128, experts=64, splits=splits, stages=4, warps=8)
+    return Config(64, experts=64, splits=2 * splits, stages=4, warps=4)
+
+
 def unsupported(x: Any, router: Any) -> str | None:
     """Why these kernels can't do a case; None if they can."""
-    del router
-    if len(x) > MAX_TOKENS:
-        return f"{len(x)} tokens are more than {MAX_TOKENS}"
+    most = MAX_TOKENS if router.dtype == jnp.bfloat16 else MAX_TOKENS_FLOAT32
+    if len(x) > most:
+        return f"{len(x)} tokens are more than {most}"
     if len(x) > FEW_TOKENS and x.dtype != jnp.bfloat16:
         return f"activations are {x.dtype} and not bfloat16, and more than {FEW_TOKENS}"
     return None
@@ -68,7 +79,8 @@ def scores(
     if reason := unsupported(x, router):
         raise NotImplementedError(reason)
     if len(x) > FEW_TOKENS:
-        return _by_matrix_instructions(x, router, config or Config(), interpret)
+        config = config or configure(*x.shape, router.dtype)
+        return _by_matrix_instructions(x, router, config, interpret)
     return pl.pallas_call(
         functools.partial(_kernel, tokens=len(x), dim=x.shape[1]),
         out_shape=jax.ShapeDtypeStruct((len(x), len(router)), jnp.float32),
@@ -169,9 +181,9 @@ def _by_matrix_instructions(
     steps = pl.cdiv(dim, config.columns * config.splits)
 
     def kernel(x_ref: Any, router_ref: Any, out_ref: Any) -> None:
-        split = pl.program_id(1)
         expert = pl.program_id(0) * config.experts + jnp.arange(config.experts)
-        token = jnp.arange(max(16, pl.next_power_of_2(tokens)))
+        token = pl.program_id(1) * config.tokens + jnp.arange(config.tokens)
+        split = pl.program_id(2)
 
         def body(step: Any, sums: tuple[Array, ...]) -> tuple[Array, ...]:
             column = (split * steps + step) * config.columns + jnp.arange(config.columns)
@@ -185,27 +197,25 @@ def _by_matrix_instructions(
                 mask=(token < tokens)[None, :] & (column < dim)[:, None],
                 other=0.0,
             )
-            return tuple(
-                total + plt.dot(part, values)
-                for total, part in zip(sums, thirds(weights.astype(jnp.float32)))
-            )
+            return tuple(y + plt.dot(part, values) for y, part in zip(sums, parts(weights)))
 
         zeros = jnp.zeros((len(expert), len(token)), jnp.float32)
-        first, second, third = jax.lax.fori_loop(0, steps, body, (zeros,) * 3)
+        n_parts = 1 if router.dtype == jnp.bfloat16 else 3
+        products = jax.lax.fori_loop(0, steps, body, (zeros,) * n_parts)
         plt.store(
             out_ref.at[split, token[None, :], expert[:, None]],
-            first + (second + third),
+            total(products),
             mask=(token < tokens)[None, :] & (expert < n_experts)[:, None],
         )
 
-    parts = pl.pallas_call(
+    shares = pl.pallas_call(
         kernel,
         out_shape=jax.ShapeDtypeStruct((config.splits, tokens, n_experts), jnp.float32),
-        grid=(pl.cdiv(n_experts, config.experts), config.splits),
+        grid=(pl.cdiv(n_experts, config.experts), pl.cdiv(tokens, config.tokens), config.splits),
         in_specs=[ANYWHERE] * 2,
         out_specs=ANYWHERE,
         compiler_params=plt.CompilerParams(num_warps=config.warps, num_stages=config.stages),
         interpret=interpret,
         name="moe_scores_matrix",
     )(x, router)
-    return jax.nn.sigmoid(parts.sum(axis=0))
+    return jax.nn.sigmoid(shares.sum(axis=0))

@@ -62,8 +62,14 @@ def test_moe_in_one_kernel():
     targets.compile(targets.HOPPER, moe, *moe_arguments(moe_cases.REAL["pro 8"]))
 
 
-@pytest.mark.parametrize("tokens", [1, 8, 16, 64])
-def test_routing(tokens):
+@pytest.mark.parametrize(
+    ("tokens", "dtype"),
+    [
+        *((n, jnp.float32) for n in (1, 8, 16, 64, triton_scores.MAX_TOKENS_FLOAT32)),
+        *((n, jnp.bfloat16) for n in (1, 64, triton_scores.MAX_TOKENS)),
+    ],
+)
+def test_routing(tokens, dtype):
     def route(x, router, bias):
         scores = triton_scores.scores(x, router)
         return triton_route.route(scores, bias, 8, normalize=True, scale=None)
@@ -72,7 +78,7 @@ def test_routing(tokens):
         targets.HOPPER,
         route,
         ShapeDtype((tokens, 6144), jnp.bfloat16),
-        ShapeDtype((384, 6144), jnp.float32),
+        ShapeDtype((384, 6144), dtype),
         ShapeDtype((384,), jnp.float32),
     )
 

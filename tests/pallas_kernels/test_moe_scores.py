@@ -27,6 +27,22 @@ def test_scores_are_as_exact_as_a_float32_product():
     assert np.abs(rounded - exact).max() > 1e-4  # which the test would notice
 
 
+def test_a_bfloat16_router_is_one_product_and_as_exact():
+    rng = np.random.default_rng(2)
+    x = jnp.asarray(rng.standard_normal((40, 1024)), jnp.bfloat16)
+    router = jnp.asarray(rng.standard_normal((24, 1024)) / 32, jnp.bfloat16)
+    exact = 1 / (1 + np.exp(-np.asarray(x, np.float64) @ np.asarray(router, np.float64).T))
+    got = moe.scores(x, router, kernels=("mosaic_gpu",))
+    assert np.abs(got - exact).max() < 2e-7 + np.abs(reference.scores(x, router) - exact).max()
+    products = [
+        [e.outvars[0].aval.shape for e in traced.jaxpr.eqns if e.primitive.name == "dot_general"]
+        for traced in (
+            jax.make_jaxpr(split_scores.scores)(x, r) for r in (router, router.astype(jnp.float32))
+        )
+    ]
+    assert products == [[(40, 24)], [(40, 72)]]
+
+
 def test_float32_activations_take_the_float32_product():
     x, router = jnp.ones((9, 32)), jnp.ones((4, 32))
     assert "float32" in (split_scores.unsupported(x, router) or "")

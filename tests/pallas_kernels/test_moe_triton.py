@@ -211,11 +211,14 @@ def test_routing_refuses_what_does_not_fit_a_warp():
         triton_route.route(jnp.zeros((1, 2048)), jnp.zeros(2048), 8, normalize=True, scale=None)
 
 
-@pytest.mark.parametrize(("tokens", "dim"), [(1, 96), (8, 1536), (9, 96), (64, 1100)])
-def test_router_scores(tokens, dim):
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+    ("tokens", "dim"), [(1, 96), (8, 1536), (9, 96), (64, 1100), (65, 96), (130, 2100)]
+)
+def test_router_scores(tokens, dim, dtype):
     rng = np.random.default_rng(dim)
     x = jnp.asarray(rng.standard_normal((tokens, dim)), jnp.bfloat16)
-    router = jnp.asarray(rng.standard_normal((20, dim)) / np.sqrt(dim), jnp.float32)
+    router = jnp.asarray(rng.standard_normal((20, dim)) / np.sqrt(dim), dtype)
     got = triton_scores.scores(x, router, interpret=True)
     assert relative_error(got, reference.scores(x, router)) < 1e-6
 
@@ -252,8 +255,11 @@ def test_norm_and_scores_of_what_is_not_one_bfloat16_token():
 
 def test_router_scores_of_more_tokens():
     router = jnp.zeros((4, 32))
-    assert triton_scores.unsupported(jnp.zeros((65, 32), jnp.bfloat16), router) == (
-        "65 tokens are more than 64"
-    )
+    x = jnp.zeros((4097, 32), jnp.bfloat16)
+    assert triton_scores.unsupported(x[:1024], router) is None
+    assert triton_scores.unsupported(x[:1025], router) == "1025 tokens are more than 1024"
+    of_bfloat16 = router.astype(jnp.bfloat16)
+    assert triton_scores.unsupported(x[:4096], of_bfloat16) is None
+    assert triton_scores.unsupported(x, of_bfloat16) == "4097 tokens are more than 4096"
     assert triton_scores.unsupported(jnp.zeros((8, 32)), router) is None
     assert "float32" in (triton_scores.unsupported(jnp.zeros((9, 32)), router) or "")
