@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from bench_jobs import Check, Job, n_calls, poison, supported
-from bench_step import EPS
+from bench_step import EPS, routing_check
 from circumstances import circumstances
 from rich.console import Console
 from rich.table import Table
@@ -41,7 +41,6 @@ from pallas_kernels.moe import reference as moe_reference
 from pallas_kernels.quantized_matmul import cases as matmul_cases
 from pallas_kernels.quantized_matmul import reference as matmul_reference
 from pallas_kernels.residual import added
-from pallas_kernels.rms_norm import reference as norm_reference
 from pallas_kernels.words import FP8Words, MXFP4Words
 
 LIMIT = 5e-3  # of the relative error (norm) of bfloat16 results
@@ -253,28 +252,19 @@ def routed(x: Any, given: Any, layer: Any, residual: Any, *, top_k: int) -> tupl
 
 
 _moe = jax.jit(moe_reference.moe)
-_scores = jax.jit(moe_reference.scores)
-_norm = jax.jit(functools.partial(norm_reference.rms_norm, eps=EPS))
-_route = jax.jit(
-    functools.partial(moe_reference.route, normalize=True, scale=None), static_argnums=2
-)
 
 
 def moe_check(
     y: Any, weights: Any, chosen: Any, normed: Any, scores: Any, *, x: Any, given: Any, layer: Any
 ) -> dict[str, Any]:
-    """Experts against the reference for some of the tokens; norm, scores, and the choice by these
-    scores of all of them."""
+    """Experts against the reference for some of the tokens; `routing_check` of all of them."""
     norm, router, bias = given
     some = slice(None, None, -(-len(x) // SAMPLE))  # All would take minutes in float32.
     expected = _moe(normed[some].astype(jnp.float32), weights[some], chosen[some], *layer)
-    weights_expected, chosen_expected = _route(scores, bias, chosen.shape[1])
+    results = (normed, scores, weights, chosen)
     return {
         "error": error(y[some], expected),
-        "norm_error": error(normed, _norm(x.astype(jnp.float32), norm.astype(jnp.float32))),
-        "scores_error": error(scores, _scores(normed, router)),
-        "other_experts": int((chosen != chosen_expected).any(axis=1).sum()),
-        "weights_error": error(weights, weights_expected),
+        **routing_check(results, x=x, norm=norm, router=router, bias=bias),
     }
 
 

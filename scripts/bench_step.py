@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from bench_jobs import Check, Job, supported
 
 from mimo_jax.portability.timing import chain, error
@@ -142,7 +141,11 @@ def _routing_jobs(name: str, rows: int, names: tuple[str, ...], seed: int) -> It
     weight = 1 + 0.1 * jax.random.normal(keys[1], (DIM,), jnp.bfloat16)
     bias = 0.01 * jax.random.normal(keys[2], (EXPERTS,))
     routers = [jax.random.normal(key, (EXPERTS, DIM)) / math.sqrt(DIM) for key in keys[3:]]
-    check = functools.partial(_routing_check, x=x, weight=weight, bias=bias, router=routers[0])
+
+    def check(results: Any) -> dict[str, Any]:
+        errors = routing_check(results, x=x, norm=weight, router=routers[0], bias=bias)
+        return {"error": errors.pop("norm_error"), **errors}
+
     read, flops = 4.0 * EXPERTS * DIM, 2.0 * rows * EXPERTS * DIM
     for backend in (*names, REFERENCE):
         if backend not in ("triton", REFERENCE):
@@ -152,7 +155,7 @@ def _routing_jobs(name: str, rows: int, names: tuple[str, ...], seed: int) -> It
             weight, bias = given
             y, scores = moe.normed_scores(x, weight, router, eps=EPS, kernels=kernels)
             options = {"normalize": True, "scale": None, "kernels": kernels}
-            return y, *moe.route(scores, bias, TOP_K, **options)
+            return y, scores, *moe.route(scores, bias, TOP_K, **options)
 
         program, calls = chain(call, ROUTERS, 1e-5)
         given = (x, (weight, bias), routers)
@@ -160,16 +163,22 @@ def _routing_jobs(name: str, rows: int, names: tuple[str, ...], seed: int) -> It
         yield Job("routing", name, label, program, given, calls, read, flops, checked)
 
 
-def _routing_check(results: Any, *, x: Any, weight: Any, bias: Any, router: Any) -> dict[str, Any]:
-    y, weights, chosen = results
-    exact = (x.astype(jnp.float32), weight.astype(jnp.float32))
-    expected = jax.jit(functools.partial(norm_reference.rms_norm, eps=EPS))(*exact)
-    options = {"normalize": True, "scale": None}
-    route = jax.jit(functools.partial(moe_reference.route, **options), static_argnums=2)
-    scores = jax.jit(moe_reference.scores)(y, router)
-    weights_expected, chosen_expected = route(scores, bias, TOP_K)
+_norm = jax.jit(functools.partial(norm_reference.rms_norm, eps=EPS))
+_scores = jax.jit(moe_reference.scores)
+_route = jax.jit(
+    functools.partial(moe_reference.route, normalize=True, scale=None), static_argnums=2
+)
+
+
+def routing_check(
+    results: tuple[Any, ...], *, x: Any, norm: Any, router: Any, bias: Any
+) -> dict[str, Any]:
+    """Normalised tokens and their scores against the reference, and the choice by these scores."""
+    normed, scores, weights, chosen = results
+    weights_expected, chosen_expected = _route(scores, bias, chosen.shape[1])
     return {
-        "error": error(y, expected),
-        "other_experts": int(np.asarray(chosen != chosen_expected).any(axis=1).sum()),
+        "norm_error": error(normed, _norm(x.astype(jnp.float32), norm.astype(jnp.float32))),
+        "scores_error": error(scores, _scores(normed, router)),
+        "other_experts": int((chosen != chosen_expected).any(axis=1).sum()),
         "weights_error": error(weights, weights_expected),
     }

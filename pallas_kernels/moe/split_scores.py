@@ -58,7 +58,7 @@ def parts(router: Float[Array, "E D"]) -> list[Float[Array, "E D"]]:
     return [router] if router.dtype == jnp.bfloat16 else thirds(router.astype(jnp.float32))
 
 
-def total(products: Sequence[Float[Array, "..."]]) -> Float[Array, "..."]:
+def total(products: Sequence[Float[Array, ...]]) -> Float[Array, ...]:
     """The sum of the products with `parts`, the smallest first."""
     return functools.reduce(operator.add, reversed(products))
 

@@ -79,7 +79,7 @@ def scores(
     if reason := unsupported(x, router):
         raise NotImplementedError(reason)
     if len(x) > FEW_TOKENS:
-        config = config or configure(*x.shape, router.dtype)
+        config = config or configure(len(x), x.shape[1], router.dtype)
         return _by_matrix_instructions(x, router, config, interpret)
     return pl.pallas_call(
         functools.partial(_kernel, tokens=len(x), dim=x.shape[1]),
