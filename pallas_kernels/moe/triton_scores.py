@@ -179,6 +179,7 @@ def _by_matrix_instructions(
     tokens, dim = x.shape
     n_experts = len(router)
     steps = pl.cdiv(dim, config.columns * config.splits)
+    n_parts = len(jax.eval_shape(parts, router))
 
     def kernel(x_ref: Any, router_ref: Any, out_ref: Any) -> None:
         expert = pl.program_id(0) * config.experts + jnp.arange(config.experts)
@@ -200,7 +201,6 @@ def _by_matrix_instructions(
             return tuple(y + plt.dot(part, values) for y, part in zip(sums, parts(weights)))
 
         zeros = jnp.zeros((len(expert), len(token)), jnp.float32)
-        n_parts = 1 if router.dtype == jnp.bfloat16 else 3
         products = jax.lax.fori_loop(0, steps, body, (zeros,) * n_parts)
         plt.store(
             out_ref.at[split, token[None, :], expert[:, None]],
