@@ -15,7 +15,7 @@ from mimo_jax import checkpoint
 from mimo_jax.checkpoint import Progress
 from mimo_jax.config import DFlashConfig, MiMoConfig
 from mimo_jax.language_model import LanguageModel
-from mimo_jax.model.packing import use_kernels
+from mimo_jax.model.packing import use_exchange, use_kernels
 from pallas_kernels.backends import Target, resolve
 from pallas_kernels.mosaic_tpu import converts_e2m1
 from sharding.mesh import all_devices, make_mesh
@@ -134,6 +134,8 @@ def _packed(loaded: checkpoint.Loaded, backends: Sequence[str], target: Target) 
     for module in (loaded.model, loaded.mtp, loaded.drafter):
         if module is not None:
             use_kernels(module, backends, native_e2m1=native)
+    if loaded.placement is not None:
+        use_exchange(loaded.model, loaded.placement, backends)
     return LanguageModel(loaded)
 
 

@@ -238,8 +238,21 @@ def serving(*results: dict[str, Any]) -> str:
     return table(header, lines)
 
 
+def sums(result: dict[str, Any]) -> str:
+    """Sums over devices: the kernel beside XLA's all-reduce with an addition."""
+    rows = []
+    for row in result["rows"]:
+        ours, xla = (row["seconds"][name] for name in ("mosaic_gpu", "reference"))
+        errors = (f"{row['errors'][name]:.1e}" for name in ("mosaic_gpu", "reference"))
+        times = duration(ours), duration(xla), duration(row["seconds"]["conversion"])
+        rows.append([str(row["tokens"]), *times, *errors])
+    header = ("tokens", "mosaic_gpu", PLAIN, "conversion alone", "error", f"error, {PLAIN}")
+    return table(header, rows)
+
+
 TABLES: dict[str, Callable[..., str]] = {
     **{name: functools.partial(kernels, operation=name) for name in OPERATIONS},
+    "all_reduce": sums,
     "highlights": highlights,
     "steps": steps,
     "speculation": speculation,

@@ -17,6 +17,7 @@ from mimo_jax.model.layers import (
 )
 from mimo_jax.model.parameters import Format, Make, ParamSpec, QKVRows, declare
 from mimo_jax.model.taps import Taps
+from pallas_kernels.all_reduce.exchange import Exchange
 from pallas_kernels.backends import REFERENCE
 from pallas_kernels.rotate_and_store import Heads
 from sharding.types import entries, reshard
@@ -74,6 +75,7 @@ class Attention(nnx.Module):
         positions: Int[Array, "B T"],
         cache: LayerCache | None,
         taps: Taps,
+        exchange: Exchange | None = None,
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
         """Attends over the cache (if any) and the tokens themselves.
 
@@ -81,6 +83,7 @@ class Attention(nnx.Module):
           x: the residual stream.
           norm: what it goes through first.
           positions, cache, taps: as in `MiMo`.
+          exchange: what devices of a mesh may add up through.
 
         Returns:
           The residual stream with the attention added, and the updated cache.
@@ -100,7 +103,8 @@ class Attention(nnx.Module):
         if weights is not None:
             by_head = (x.shape[0], self.layer.num_heads, *weights.shape[3:])
             taps.record(tap, reshard(weights, entries(x)[0]).reshape(by_head))
-        return output_projection(out, self.o_proj[...], x, kernels=self.kernels), cache
+        w = self.o_proj[...]
+        return output_projection(out, w, x, kernels=self.kernels, exchange=exchange), cache
 
     def projected(self, x: Float[Array, "B T D"]) -> Float[Array, "B T C R"]:
         """Queries, keys and values of T tokens, as they lie in the weights' rows.

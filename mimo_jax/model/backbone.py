@@ -17,6 +17,7 @@ from mimo_jax.model.layers import MLP, RMSNorm, contract
 from mimo_jax.model.moe import MoE
 from mimo_jax.model.parameters import Format, Make, ParamSpec, declare
 from mimo_jax.model.taps import Taps
+from pallas_kernels.all_reduce.exchange import Exchange
 from sharding.types import entries, sharding
 
 
@@ -59,13 +60,18 @@ class DecoderLayer(nnx.Module):
         positions: Int[Array, "B T"],
         cache: LayerCache | None,
         taps: Taps,
+        exchange: Exchange | None = None,
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
         """One layer; returns the residual stream and the layer's updated cache."""
         with jax.named_scope("attention"):
-            x, cache = self.self_attn(x, self.input_layernorm, positions, cache, taps)
+            norm = self.input_layernorm
+            x, cache = self.self_attn(x, norm, positions, cache, taps, exchange)
         with jax.named_scope("mlp"):
             norm = self.post_attention_layernorm
-            x = self.mlp(x, norm, taps) if isinstance(self.mlp, MoE) else x + self.mlp(norm(x))
+            if isinstance(self.mlp, MoE):
+                x = self.mlp(x, norm, taps, exchange)
+            else:
+                x = x + self.mlp(norm(x))
         taps.record(f"hidden.{self.index}", x)
         return x, cache
 
@@ -75,6 +81,7 @@ class MiMo(nnx.Module):
 
     `make` decides what the parameters hold (see `mimo_jax.model.parameters`).  `qkv_chunks` is the
     number of chunks in which the fused QKV rows are interleaved; the config's by default.
+    `exchange` is what the devices of a mesh may add up through (`mimo_jax.model.packing`).
     """
 
     def __init__(self, config: MiMoConfig, make: Make, qkv_chunks: int | None = None):
@@ -87,6 +94,7 @@ class MiMo(nnx.Module):
         self.layers = nnx.List([DecoderLayer(config, s, chunks, make) for s in config.layers])
         self.norm = RMSNorm(d, config.layernorm_epsilon, "model.norm", make)
         self.lm_head = declare(make, ParamSpec("lm_head.weight", (vocab, d), ("vocab", "embed")))
+        self.exchange: Exchange | None = nnx.data(None)
 
     def __call__(
         self,
@@ -134,9 +142,8 @@ class MiMo(nnx.Module):
         caches = []
         for i, layer in enumerate(self.layers):
             with jax.named_scope(f"layer{i}"):
-                x, layer_cache = layer(
-                    x, positions, None if cache is None else cache.layers[i], collected
-                )
+                held = None if cache is None else cache.layers[i]
+                x, layer_cache = layer(x, positions, held, collected, self.exchange)
             caches.append(layer_cache)
         if cache is not None:
             cache = KVCache(tuple(caches), cache.max_len, cache.slack)

@@ -18,6 +18,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels.all_reduce import all_reduce
+from pallas_kernels.all_reduce.exchange import Exchange
 from pallas_kernels.backends import REFERENCE
 from pallas_kernels.moe import moe, normed_scores, route, routed_moe
 from pallas_kernels.residual import added
@@ -39,6 +41,7 @@ def experts_on_mesh(
     normalize: bool,
     scale: float | None,
     kernels: Sequence[str] = (REFERENCE,),
+    exchange: Exchange | None = None,
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B T E"], Int[Array, "B T X"]]:
     """Norm, routing and experts of a residual stream.
 
@@ -48,7 +51,8 @@ def experts_on_mesh(
       router, bias: on every device, as for `pallas_kernels.moe.route`.
       gate, up, down: as for `pallas_kernels.moe.moe`; they may be split over a mesh.
       top_k, normalize, scale: as for `pallas_kernels.moe.route`.
-      kernels: backends that norm and routing may use.
+      kernels: backends that norm, routing and the sum over devices may use.
+      exchange: what devices may add up through.
 
     Returns:
       The residual stream with the experts' sum added; scores of all experts (sigmoid); and indices
@@ -63,9 +67,13 @@ def experts_on_mesh(
     options = {"top_k": top_k, "normalize": normalize, "scale": scale}
 
     def local(
-        x: Array, norm: Array, router: Array, bias: Array, gate: Any, up: Any, down: Any
+        x: Array,
+        norm: Array,
+        router: Array,
+        bias: Array,
+        experts: tuple[Any, Any, Any],
+        exchange: Exchange | None,
     ) -> tuple[Array, Array, Array]:
-        experts = (gate, up, down)
         normed, of_all = normed_scores(x, norm, router, eps=eps, kernels=kernels)
         if travel:
             flat, of_each = (a.reshape(-1, a.shape[-1]) for a in (normed, of_all))
@@ -81,13 +89,16 @@ def experts_on_mesh(
                 first=_first_expert(gate, split) if split else None,
                 residual=None if summed else x,
             )
-        if travel or summed:
-            y = added(x, jax.lax.psum(y, summed) if summed else y)
+        if summed:
+            y = all_reduce(y, x, exchange, axes=summed, kernels=kernels)
+        elif travel:
+            y = added(x, y)
         return y, of_all, chosen
 
     # XLA does not split its top-k by itself: it would bring all tokens to every device.
     rows = P(entries(x)[0])
-    return on_mesh(local, (P(*entries(x)), rows, rows), x, norm, router, bias, gate, up, down)
+    arrays = (x, norm, router, bias, (gate, up, down), exchange)
+    return on_mesh(local, (P(*entries(x)), rows, rows), *arrays)
 
 
 def _travelling(

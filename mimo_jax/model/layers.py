@@ -16,6 +16,8 @@ from mimo_jax.model.packed_linear import packed_linear
 from mimo_jax.model.parameters import Format, Make, ParamSpec, declare
 from mimo_jax.quant import dequantize
 from pallas_kernels import backends, residual_matmul
+from pallas_kernels.all_reduce import all_reduce
+from pallas_kernels.all_reduce.exchange import Exchange
 from pallas_kernels.backends import REFERENCE
 from pallas_kernels.einsum import einsum32
 from pallas_kernels.packed import Packed
@@ -55,6 +57,7 @@ def output_projection(
     residual: Float[Array, "B T D"],
     *,
     kernels: Sequence[str],
+    exchange: Exchange | None = None,
 ) -> Float[Array, "B T D"]:
     """The residual plus the product of an attention's results with its output projection.
 
@@ -63,6 +66,7 @@ def output_projection(
       w: dense weights.
       residual: what the product is added to.
       kernels: backends that may be used, on one device and for few tokens on a mesh.
+      exchange: what devices of a mesh may add up through.
     """
     w = w.astype(out.dtype)
     out = out.reshape(*out.shape[:3], -1, out_sharding=sharding(out, *entries(out)[:4]))
@@ -75,13 +79,13 @@ def output_projection(
         return added(residual, contract("btkf,dkf->btd", out, w, like=residual))
     summed = tuple(axis for entry in split[1:] for axis in axes_of(entry))
 
-    def local(out: Array, w: Array, residual: Array) -> Array:
+    def local(out: Array, w: Array, residual: Array, exchange: Exchange | None) -> Array:
         flat = out.reshape(-1, math.prod(out.shape[2:])), w.reshape(len(w), -1)
         to = None if summed else residual.reshape(-1, residual.shape[-1])
         y = residual_matmul.residual_matmul(*flat, to, kernels=kernels).reshape(residual.shape)
-        return added(residual, jax.lax.psum(y, summed)) if summed else y
+        return all_reduce(y, residual, exchange, axes=summed, kernels=kernels) if summed else y
 
-    return on_mesh(local, P(*entries(residual)), out, w, residual)
+    return on_mesh(local, P(*entries(residual)), out, w, residual, exchange)
 
 
 def joined_linear(

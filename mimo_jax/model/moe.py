@@ -10,6 +10,7 @@ from mimo_jax.model.expert_parallel import experts_on_mesh
 from mimo_jax.model.layers import RMSNorm
 from mimo_jax.model.parameters import Format, Make, ParamSpec, declare
 from mimo_jax.model.taps import Taps
+from pallas_kernels.all_reduce.exchange import Exchange
 
 
 class MoE(nnx.Module):
@@ -50,7 +51,11 @@ class MoE(nnx.Module):
         self.down_proj = experts("down_proj", d, f, ("embed", "expert_mlp"))
 
     def __call__(
-        self, x: Float[Array, "B T D"], norm: RMSNorm, taps: Taps
+        self,
+        x: Float[Array, "B T D"],
+        norm: RMSNorm,
+        taps: Taps,
+        exchange: Exchange | None = None,
     ) -> Float[Array, "B T D"]:
         """The residual stream x with the experts of norm(x) added; routed in float32."""
         y, scores, chosen = experts_on_mesh(
@@ -66,6 +71,7 @@ class MoE(nnx.Module):
             normalize=self.normalize,
             scale=self.scale,
             kernels=norm.kernels,
+            exchange=exchange,
         )
         taps.record(f"router.{self.index}", scores)
         taps.record(f"experts.{self.index}", chosen)

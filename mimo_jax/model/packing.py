@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,10 +20,14 @@ from mimo_jax.model.layers import RMSNorm
 from mimo_jax.model.parameters import ParamSpec, abstract, parameters
 from mimo_jax.model.placement import Placement
 from mimo_jax.quant import FP8Array, MXFP4Array
-from pallas_kernels import packed
+from pallas_kernels import all_reduce, packed
+from pallas_kernels.all_reduce import exchange
 from pallas_kernels.backends import REFERENCE, BackendError
 from sharding.mesh import use
-from sharding.types import entries, explicit_mesh
+from sharding.types import axes_of, entries, explicit_mesh
+
+# More are as fast through XLA's all-reduces (benchmarks/LOG.md).
+EXCHANGED_TOKENS = 16
 
 
 def use_kernels(module: nnx.Module, kernels: Sequence[str], *, native_e2m1: bool = False) -> None:
@@ -55,6 +60,28 @@ def use_kernels(module: nnx.Module, kernels: Sequence[str], *, native_e2m1: bool
     # The smallest first, so that the holes they leave in memory are taken by others as small.
     for param in sorted(packable, key=lambda p: p.get_value().codes.size):
         param.set_value(pack(param.get_value(), kernels, native_e2m1))
+
+
+def use_exchange(model: MiMo, placement: Placement, kernels: Sequence[str]) -> None:
+    """Has a model add up few tokens through memory that the devices of a mesh share, if they can.
+
+    Otherwise all is left to XLA's all-reduces.
+
+    Args:
+      model: on a mesh; given an exchange.
+      placement: where it is.
+      kernels: backends from `pallas_kernels.backends.resolve`.
+    """
+    split = entries(model.layers[0].self_attn.o_proj[...])[1:]
+    axes = tuple(axis for entry in split for axis in axes_of(entry))
+    mesh = placement.mesh
+    if "mosaic_gpu" not in kernels or exchange.why_not(mesh, axes) is not None:
+        return
+    try:
+        values = EXCHANGED_TOKENS * model.config.hidden_size
+        model.exchange = all_reduce.tried_exchange(mesh, axes, values)
+    except RuntimeError as error:
+        warnings.warn(f"sums over devices are left to XLA: {error}", stacklevel=2)
 
 
 def abstract_packed(
