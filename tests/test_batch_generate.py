@@ -35,7 +35,7 @@ MIXED = [
 ]
 
 
-MANY = [{"token_ids": [5, 6, 7 + i], "max_tokens": 5 + i} for i in range(20)]
+MANY = [{"token_ids": [5, 6, 7 + i], "max_tokens": 5 + i} for i in range(10)]
 
 
 def write(path: Path, lines: list[Any]) -> Path:
@@ -202,16 +202,16 @@ def test_metrics_a_profile_and_lines_of_progress(generate, monkeypatch, tmp_path
     lines = records(metrics)
     assert [line["done"] for line in lines] == sorted(line["done"] for line in lines)
     last = lines[-1]
-    assert (last["done"], last["total"], last["running"], last["waiting"]) == (20, 20, 0, 0)
-    assert last["prompt_tokens"] == 60
+    assert (last["done"], last["total"], last["running"], last["waiting"]) == (10, 10, 0, 0)
+    assert last["prompt_tokens"] == 30
     assert last["generated_tokens"] == sum(r["usage"]["completion_tokens"] for r in records(out))
     assert last["tokens_per_round"] > 1
     assert max(line["cache_used"] for line in lines) > 0
     assert max(line["generated_tokens_s"] for line in lines) > 0
     assert list(profile.rglob("*.xplane.pb"))
     assert f"a profile of 2 dispatches is in {profile}" in done.stderr
-    assert "20 of 20 requests done" in done.stderr
-    assert re.search(r"\d+ of 20 requests done; \d+ tokens/s out, \d+ in; 2 running, ", done.stderr)
+    assert "10 of 10 requests done" in done.stderr
+    assert re.search(r"\d+ of 10 requests done; \d+ tokens/s out, \d+ in; 2 running, ", done.stderr)
     assert "tokens a round" in done.stderr
 
 
@@ -224,10 +224,10 @@ def test_a_terminal_has_a_bar_that_goes_away(generate, monkeypatch):
     assert done.exit_code == 0, done.stderr
     # The console's codes: a line is erased (2K) before it is written again.
     frames = re.sub(r"\x1b\[(?!2K)[0-9;?]*[a-zA-Z]", "", done.stderr).split("\x1b[2K")
-    assert any("━" in frame and " 0/20 " in frame for frame in frames)
-    state = r" 20/20 \d+:\d\d:\d\d \d+ tokens/s out, \d+ in; 0 running, 0 waiting; cache "
+    assert any("━" in frame and " 0/10 " in frame for frame in frames)
+    state = r" 10/10 \d+:\d\d:\d\d \d+ tokens/s out, \d+ in; 0 running, 0 waiting; cache "
     assert any(re.search(state, frame) and "tokens a round" in frame for frame in frames)
-    assert "━" not in frames[-1].split("20 of 20 requests done")[0]
+    assert "━" not in frames[-1].split("10 of 10 requests done")[0]
     assert "requests done; " not in done.stderr  # which lines of a log have
 
 

@@ -3,9 +3,12 @@
 import dataclasses
 import functools
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import jax
 from flax import nnx
 
 import mimo_jax as mj
@@ -15,16 +18,29 @@ from mimo_jax.api import load
 FOLDER = checkpoint.resolve("mimo-tiny")
 
 
+# For programs that run longer than it takes to optimise them a little (tests/conftest.py).
+OPTIMIZED = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 1})
+
+
 @functools.cache
 def tiny() -> mj.LanguageModel:
     """The bundled model."""
-    return load("mimo-tiny")  # tests replace mj.load
+    return _optimized(lambda: load("mimo-tiny"))  # tests replace mj.load
 
 
 @functools.cache
 def exact() -> mj.LanguageModel:
     """The bundled model in float32, where rounding decides nothing."""
-    return mj.LanguageModel(checkpoint.load(FOLDER, dtype="float32"))
+    return _optimized(lambda: mj.LanguageModel(checkpoint.load(FOLDER, dtype="float32")))
+
+
+def _optimized(make: Callable[[], mj.LanguageModel]) -> mj.LanguageModel:
+    """A model whose decoders' programs are optimised a little, since many tests run them."""
+    with mock.patch.object(jax, "jit", OPTIMIZED):
+        lm = make()
+        lm.decoder_for("mtp")
+        lm.decoder_for("dflash")
+    return lm
 
 
 def two_layers(**options: Any) -> mj.LanguageModel:

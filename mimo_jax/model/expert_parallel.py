@@ -86,7 +86,7 @@ def experts_on_mesh(
             y, _, chosen = routed_moe(
                 *(normed, of_all, bias, *experts),
                 **options,
-                first=_first_expert(gate, split) if split else None,
+                first=_first_expert(experts[0], split) if split else None,
                 residual=None if summed else x,
             )
         if summed:

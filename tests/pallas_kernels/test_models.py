@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from checkpoint.release_format import make_release
-from tiny import two_layers
+from tiny import OPTIMIZED, two_layers
 
 import mimo_jax as mj
 from mimo_jax import checkpoint
@@ -24,8 +24,6 @@ from pallas_kernels.packed import FP8Words, MXFP4Words, Packed
 from sharding.mesh import use
 
 IDS = np.arange(300, 310)[None]
-# Interpreted kernels of a model run longer than it takes to optimise them a little.
-OPTIMIZED = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 1})
 
 
 @functools.cache
