@@ -28,9 +28,9 @@ class Exchange:
     every device has them in the same order.
 
     Attributes:
-      words: uint32 [devices, `size`]; inside `shard_map` a device's own, [1, `size`].  Counters of
-        sums, one a block; then values with the number of their sum beside each, for every second
-        sum in the same place, from each device.
+      words: uint32 [devices, `size`]; inside `shard_map` a device's own, [1, `size`].  Values with
+        the number of their sum beside each, for every second sum in the same place, from each
+        device; then counters of sums, one a block.
       axes: of the mesh; those of more than one device.
       values: how many a sum may have.
     """
@@ -42,7 +42,7 @@ class Exchange:
 
 def size(devices: int, values: int) -> int:
     """Words that a device needs for sums of so many values of so many devices."""
-    return values // BLOCK + 2 * devices * 2 * values
+    return 2 * devices * 2 * values + values // BLOCK
 
 
 def why_not(mesh: Any, axes: tuple[str, ...]) -> str | None:

@@ -75,9 +75,9 @@ def all_reduce(
             rank = rank * axis_size + lax.axis_index(axis)
 
         def of_device(device: int) -> Any:
-            at: Any = dict(zip(exchange.axes, np.unravel_index(device, sizes), strict=True))
-            at = {axis: jnp.int32(i) for axis, i in at.items()}
-            return plgpu.remote_ref(words_ref, at)
+            at = zip(exchange.axes, np.unravel_index(device, sizes), strict=True)
+            where: Any = {axis: jnp.int32(i) for axis, i in at}
+            return plgpu.remote_ref(words_ref, where)
 
         everyones = [of_device(device) for device in range(n)]
         ref = plgpu.RefType()
@@ -114,7 +114,7 @@ def _thread(
     index = _sum(_times(block, THREADS), thread)
 
     values = _load("ld.global.v4.b32 {$0,$1,$2,$3}, [$4];", 4, _at(y, index, EACH * WORD))
-    counter = _at(words, block, WORD)
+    counter = _sum(_at(words, block, WORD), _i64(2 * n * blocks * STORES * STORE))
     [before] = _load("ld.volatile.global.u32 $0, [$1];", 1, counter)
     number = arith.addi(before, _i32(1))
     turn = arith.extui(i64, arith.andi(number, _i32(1)))
@@ -123,8 +123,7 @@ def _thread(
         """Where a device's values of this thread are in someone's memory."""
         region = _sum(_times(turn, n), device)
         at = _sum(_times(region, blocks), block)
-        offsets = _i64(blocks * WORD), _times(at, STORES * STORE), _times(thread, 16)
-        return _sum(_address(words), *offsets)
+        return _sum(_address(words), _times(at, STORES * STORE), _times(thread, 16))
 
     for theirs in everyones:  # the own one as well, to add up in the same order everywhere
         for k in range(STORES):

@@ -82,8 +82,8 @@ def test_what_the_kernel_takes():
 def test_memory_of_an_exchange():
     given = held(values=BLOCK + 1)
     assert given.values == 2 * BLOCK  # whole blocks
-    # A counter a block; and twice, from each of four devices, values with numbers beside them.
-    assert given.words.shape == (8, 2 + 2 * 4 * 2 * 2 * BLOCK)
+    # Twice, from each of four devices, values with numbers beside them; and a counter a block.
+    assert given.words.shape == (8, 2 * 4 * 2 * 2 * BLOCK + 2)
     assert not given.words.any()
     assert {s.data.shape[0] for s in given.words.addressable_shards} == {1}
 
