@@ -81,7 +81,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     result["layers"] = lm.config.num_hidden_layers
     result["rules"] = str(lm.placement.rules) if lm.placement else "one device"
     result["parameters"] = sum(p.spec.size for _, p in parameters(lm.model))
-    result["weight_bytes"] = array_bytes(lm.model)
+    result["weight_bytes"] = array_bytes([p.get_value() for _, p in parameters(lm.model)])
     result["memory_after_init"] = device_memory()
     plan = make_plan(
         lm.config,

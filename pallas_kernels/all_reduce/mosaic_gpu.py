@@ -190,9 +190,9 @@ def _at(ref: Any, index: ir.Value, stride: int) -> ir.Value:
 
 
 def _load(code: str, results: int, *operands: ir.Value) -> Sequence[ir.Value]:
-    """PTX that gives so many 32-bit words."""
+    """PTX that gives so many 32-bit words; results have registers of their own, for loops."""
     i32 = ir.IntegerType.get_signless(32)
-    constraints = ",".join(["=r"] * results + [_constraint(v) for v in operands])
+    constraints = ",".join(["=&r"] * results + [_constraint(v) for v in operands])
     if results == 1:
         return [llvm.inline_asm(i32, list(operands), code, constraints, has_side_effects=True)]
     struct = llvm.StructType.get_literal([i32] * results)
