@@ -18,7 +18,8 @@ def logits(lm):
 def test_no_change_is_the_same_model_with_the_same_weights():
     lm = exact()
     same = explore.changed(lm)
-    np.testing.assert_array_equal(logits(same), logits(lm))
+    # Compiled as the changed one is, and not optimised as `exact` is.
+    np.testing.assert_array_equal(logits(same), logits(mj.LanguageModel(lm.loaded)))
     ours, theirs = (jax.tree.leaves(m.model) for m in (same, lm))
     assert all(a is b for a, b in zip(ours, theirs, strict=True))
 
