@@ -21,7 +21,7 @@ from endurance.batches import (
 )
 
 KILLS = int(os.environ.get("KILLS", "20"))
-REQUESTS = 300
+REQUESTS = max(100, 15 * KILLS)
 # Seconds in which a process starts, reads what is there and loads the model.
 STARTING = 8.0
 POLL = 0.003
