@@ -77,7 +77,7 @@ def output_projection(
     split = entries(w)
     if kernel is None or kernel.backend == REFERENCE or split[0] is not None:
         return added(residual, contract("btkf,dkf->btd", out, w, like=residual))
-    summed = tuple(axis for entry in split[1:] for axis in axes_of(entry))
+    summed = column_axes(w)
 
     def local(out: Array, w: Array, residual: Array, exchange: Exchange | None) -> Array:
         flat = out.reshape(-1, math.prod(out.shape[2:])), w.reshape(len(w), -1)
@@ -86,6 +86,11 @@ def output_projection(
         return all_reduce(y, residual, exchange, axes=summed, kernels=kernels) if summed else y
 
     return on_mesh(local, P(*entries(residual)), out, w, residual, exchange)
+
+
+def column_axes(w: Float[Array, "D K F"]) -> tuple[str, ...]:
+    """The mesh axes over which products with the parts of an output projection are added up."""
+    return tuple(axis for entry in entries(w)[1:] for axis in axes_of(entry))
 
 
 def joined_linear(

@@ -16,7 +16,7 @@ from mimo_jax.config import MiMoConfig
 from mimo_jax.model.attention import Attention
 from mimo_jax.model.backbone import MiMo
 from mimo_jax.model.dflash import DFlashAttention
-from mimo_jax.model.layers import RMSNorm
+from mimo_jax.model.layers import RMSNorm, column_axes
 from mimo_jax.model.parameters import ParamSpec, abstract, parameters
 from mimo_jax.model.placement import Placement
 from mimo_jax.quant import FP8Array, MXFP4Array
@@ -24,7 +24,7 @@ from pallas_kernels import all_reduce, packed
 from pallas_kernels.all_reduce import exchange
 from pallas_kernels.backends import REFERENCE, BackendError
 from sharding.mesh import use
-from sharding.types import axes_of, entries, explicit_mesh
+from sharding.types import entries, explicit_mesh
 
 # More are as fast through XLA's all-reduces (benchmarks/LOG.md).
 EXCHANGED_TOKENS = 16
@@ -72,8 +72,7 @@ def use_exchange(model: MiMo, placement: Placement, kernels: Sequence[str]) -> N
       placement: where it is.
       kernels: backends from `pallas_kernels.backends.resolve`.
     """
-    split = entries(model.layers[0].self_attn.o_proj[...])[1:]
-    axes = tuple(axis for entry in split for axis in axes_of(entry))
+    axes = column_axes(model.layers[0].self_attn.o_proj[...])
     mesh = placement.mesh
     if "mosaic_gpu" not in kernels or exchange.why_not(mesh, axes) is not None:
         return

@@ -77,7 +77,7 @@ def tried_exchange(mesh: Mesh, axes: tuple[str, ...], values: int) -> Exchange:
     each = P(mesh.axis_names)
     specs = {"in_specs": (jax.tree.map(lambda _: each, exchange),), "out_specs": each}
     sums = jax.jit(jax.shard_map(three, mesh=mesh, **specs, check_vma=False))(exchange)
-    devices = mesh.size // np.prod([mesh.shape[a] for a in mesh.axis_names if a not in axes])
+    devices = exchanges.group_size(mesh, axes)
     if not (np.asarray(sums, np.float32) == 3 * devices * (devices + 1) / 2).all():
         raise RuntimeError("sums through the memory of other devices are wrong")
     return exchange

@@ -45,11 +45,16 @@ def size(devices: int, values: int) -> int:
     return 2 * devices * 2 * values + values // BLOCK
 
 
+def group_size(mesh: Any, axes: tuple[str, ...]) -> int:
+    """How many devices add up over the axes."""
+    return math.prod(mesh.shape[axis] for axis in axes)
+
+
 def why_not(mesh: Any, axes: tuple[str, ...]) -> str | None:
     """Why devices can't add up over these axes so; None if they can."""
     devices = mesh.devices.flat
     target = Target.of(devices[0])
-    group = math.prod(mesh.shape[axis] for axis in axes)
+    group = group_size(mesh, axes)
     if target.platform != "cuda" or target.capability != 90:
         return backends.why_not("mosaic_gpu", target) or f"{target.kind} is not a Hopper GPU"
     if not 2 <= group <= MAX_DEVICES:
@@ -71,7 +76,7 @@ def on(mesh: Mesh, axes: tuple[str, ...], values: int) -> Exchange:
     """
     axes = tuple(axis for axis in axes if mesh.shape[axis] > 1)
     values = -(-values // BLOCK) * BLOCK
-    words = size(math.prod(mesh.shape[axis] for axis in axes), values)
+    words = size(group_size(mesh, axes), values)
     placed = NamedSharding(mesh, P(mesh.axis_names))
     zeros = jax.jit(lambda: jnp.zeros((mesh.size, words), jnp.uint32), out_shardings=placed)
     return Exchange(zeros(), axes, values)

@@ -83,7 +83,8 @@ def all_reduce(
         ref = plgpu.RefType()
         types = (ref, ref, ref, [ref] * n, ref, plgpu.Layout.WG_SPLAT)
         inlined: Any = plgpu.inline_mgpu(arg_types=types)
-        inlined(_thread)(y_ref, residual_ref, words_ref, everyones, out_ref, rank)
+        thread = functools.partial(_thread, blocks=exchange.values // BLOCK)
+        inlined(thread)(y_ref, residual_ref, words_ref, everyones, out_ref, rank)
 
     call = plgpu.kernel(
         body,
@@ -101,15 +102,25 @@ def all_reduce(
 
 
 def _thread(
-    ctx: Any, y: Any, residual: Any, words: Any, everyones: list[Any], out: Any, rank: Any
+    ctx: Any,
+    y: Any,
+    residual: Any,
+    words: Any,
+    everyones: list[Any],
+    out: Any,
+    rank: Any,
+    *,
+    blocks: int,
 ) -> None:
-    """What a thread does with its values; arguments are memory references, and the own rank."""
+    """What a thread does with its values.
+
+    Arguments are memory references, the own rank, and how many blocks the exchange is for.
+    """
     del ctx
     i64, f32 = ir.IntegerType.get_signless(64), ir.F32Type.get()
     n = len(everyones)
     thread = arith.index_cast(i64, gpu.thread_id(gpu.Dimension.x))
     block = arith.index_cast(i64, gpu.block_id(gpu.Dimension.x))
-    blocks = _blocks(words, n)
     own = arith.extsi(i64, rank.registers.item())
     index = _sum(_times(block, THREADS), thread)
 
@@ -158,11 +169,6 @@ def _thread(
     mgpu.utils.warpgroup_barrier()  # all threads of the block have read the counter
     with mgpu.utils.single_thread(scope=mgpu.utils.ThreadSubset.WARPGROUP):
         _do("st.volatile.global.u32 [$0], $1;", counter, number)
-
-
-def _blocks(words: Any, devices: int) -> int:
-    """How many blocks the memory of an exchange is for."""
-    return ir.MemRefType(words.type).shape[0] // (1 + 4 * devices * BLOCK)
 
 
 def _i32(value: int) -> ir.Value:
