@@ -195,25 +195,20 @@ class Decoder:
         stopped = set() if stopped is None else stopped
         real = len(prompts)
         run, seen = self._start(prompts, params, seeds, max_len)
-        try:
+        got = jax.device_get(seen)
+        yield Block.of(got).first(real)
+        under_way = self._dispatch(run, got, stopped)
+        while under_way is not None:
+            seen, started = under_way
             got = jax.device_get(seen)
-            yield Block.of(got).first(real)
+            seconds = started and time.perf_counter() - started
+            block = Block.of(got)
+            self.learn(block, seconds)
+            # Before the host does anything with the tokens: the device shall not wait for it.
             under_way = self._dispatch(run, got, stopped)
-            while under_way is not None:
-                seen, started = under_way
-                got = jax.device_get(seen)
-                seconds = started and time.perf_counter() - started
-                block = Block.of(got)
-                self.learn(block, seconds)
-                # Before the host does anything with the tokens: the device shall not wait for it.
-                under_way = self._dispatch(run, got, stopped)
-                seen = seen if under_way is None else under_way[0]
-                yield block.first(real)
-                if stopped.issuperset(np.flatnonzero(got.remaining).tolist()):
-                    return
-        finally:
-            # After Ctrl-C steps may be under way; a process that ends meanwhile is aborted.
-            jax.block_until_ready(seen)
+            yield block.first(real)
+            if stopped.issuperset(np.flatnonzero(got.remaining).tolist()):
+                return
 
     def _dispatch(
         self, run: _Run, got: Seen, stopped: set[int]

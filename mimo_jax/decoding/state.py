@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
+import collections
+import contextlib
 import dataclasses
+import threading
 from typing import Any, no_type_check
 
 import jax
@@ -58,11 +62,37 @@ class Seen:
     ticks: Int32[Array, "B rounds 2"] | None = None
     width: int = dataclasses.field(default=1, metadata={"static": True})
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether the device has it."""
+        tokens: Any = self.tokens
+        return tokens.is_ready()
+
     def on_its_way(self) -> Seen:
         """Itself, whose arrays are copied to the host as soon as the device has them."""
+        with _LOCK:
+            while _COMING and _COMING[0].is_ready:
+                _COMING.popleft()
+            _COMING.append(self)
         for array in jax.tree.leaves(self):
             array.copy_to_host_async()
         return self
+
+
+# All that is on its way, and some that has arrived.
+_COMING: collections.deque[Seen] = collections.deque()
+_LOCK = threading.Lock()
+
+
+@atexit.register
+def _await_copies() -> None:
+    """Waits for what nobody asked for any more, after Ctrl-C or a break from a loop over blocks.
+
+    Where a copy ends, a thread of XLA's takes the interpreter's lock, and if the interpreter has
+    ended by then it aborts the process (jaxlib 0.11.2, Python 3.12).
+    """
+    with contextlib.suppress(Exception):  # of steps that nobody asks about any more
+        jax.device_get(list(_COMING))
 
 
 @dataclasses.dataclass(frozen=True)

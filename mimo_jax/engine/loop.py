@@ -163,26 +163,22 @@ class Engine:
         """
         coming, more = iter(requests), True
         sent: collections.deque[tuple[Action, Seen | None]] = collections.deque()
-        try:
-            while True:
-                if self._ends_early:
-                    for key in self._scheduler.drain():
-                        del self._open[key]
-                    more = False
-                more = more and self._take_up(coming)
-                action = self._scheduler.next()
-                if action is not None:
-                    sent.append((action, self._dispatch(action)))
-                elif sent:
-                    yield from self._look_at(*sent.popleft())
-                elif not more:
-                    return
-                else:
-                    self._decoded = None
-                    time.sleep(PAUSE)
-        finally:
-            # After Ctrl-C steps may be under way; a process that ends meanwhile is aborted.
-            jax.block_until_ready([seen for _, seen in sent])
+        while True:
+            if self._ends_early:
+                for key in self._scheduler.drain():
+                    del self._open[key]
+                more = False
+            more = more and self._take_up(coming)
+            action = self._scheduler.next()
+            if action is not None:
+                sent.append((action, self._dispatch(action)))
+            elif sent:
+                yield from self._look_at(*sent.popleft())
+            elif not more:
+                return
+            else:
+                self._decoded = None
+                time.sleep(PAUSE)
 
     def _take_up(self, coming: Iterator[Work | None]) -> bool:
         """Takes the next requests, and says whether there may be more."""

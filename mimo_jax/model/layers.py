@@ -88,8 +88,9 @@ def output_projection(
     return on_mesh(local, P(*entries(residual)), out, w, residual, exchange)
 
 
-def column_axes(w: Float[Array, "D K F"]) -> tuple[str, ...]:
-    """The mesh axes over which products with the parts of an output projection are added up."""
+def column_axes(w: Any) -> tuple[str, ...]:
+    """The mesh axes over which products with the parts of an output projection [D, K, F], an array
+    or a shape, are added up."""
     return tuple(axis for entry in entries(w)[1:] for axis in axes_of(entry))
 
 

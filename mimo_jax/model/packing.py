@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 from flax import nnx
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mimo_jax.config import MiMoConfig
@@ -72,15 +72,23 @@ def use_exchange(model: MiMo, placement: Placement, kernels: Sequence[str]) -> N
       placement: where it is.
       kernels: backends from `pallas_kernels.backends.resolve`.
     """
-    axes = column_axes(model.layers[0].self_attn.o_proj[...])
-    mesh = placement.mesh
-    if "mosaic_gpu" not in kernels or exchange.why_not(mesh, axes) is not None:
+    sums = _exchanged(model, placement, kernels)
+    if sums is None:
         return
     try:
-        values = EXCHANGED_TOKENS * model.config.hidden_size
-        model.exchange = all_reduce.tried_exchange(mesh, axes, values)
+        model.exchange = all_reduce.tried_exchange(*sums)
     except RuntimeError as error:
         warnings.warn(f"sums over devices are left to XLA: {error}", stacklevel=2)
+
+
+def _exchanged(
+    model: MiMo, placement: Placement, kernels: Sequence[str]
+) -> tuple[Mesh, tuple[str, ...], int] | None:
+    """The mesh, axes and number of values that an exchange is for; None if there can be none."""
+    mesh, axes = placement.mesh, column_axes(model.layers[0].self_attn.o_proj.get_value())
+    if "mosaic_gpu" not in kernels or exchange.why_not(mesh, axes) is not None:
+        return None
+    return mesh, axes, EXCHANGED_TOKENS * model.config.hidden_size
 
 
 def abstract_packed(
@@ -111,6 +119,8 @@ def abstract_packed(
         if _packs(param.spec, value, kernels):
             value = _abstract_pack(value, kernels, native_e2m1)
         param.set_value(value)
+    if placement is not None and (sums := _exchanged(model, placement, kernels)) is not None:
+        model.exchange = exchange.abstract(*sums)
     return model
 
 

@@ -66,8 +66,8 @@ def why_not(mesh: Any, axes: tuple[str, ...]) -> str | None:
     return None
 
 
-def on(mesh: Mesh, axes: tuple[str, ...], values: int) -> Exchange:
-    """An exchange that nothing has gone through.
+def abstract(mesh: Mesh, axes: tuple[str, ...], values: int) -> Exchange:
+    """An exchange as shapes.
 
     Args:
       mesh: of GPUs that reach each other's memory.
@@ -76,7 +76,14 @@ def on(mesh: Mesh, axes: tuple[str, ...], values: int) -> Exchange:
     """
     axes = tuple(axis for axis in axes if mesh.shape[axis] > 1)
     values = -(-values // BLOCK) * BLOCK
-    words = size(group_size(mesh, axes), values)
+    shape = (mesh.size, size(group_size(mesh, axes), values))
     placed = NamedSharding(mesh, P(mesh.axis_names))
-    zeros = jax.jit(lambda: jnp.zeros((mesh.size, words), jnp.uint32), out_shardings=placed)
-    return Exchange(zeros(), axes, values)
+    return Exchange(jax.ShapeDtypeStruct(shape, jnp.uint32, sharding=placed), axes, values)
+
+
+def on(mesh: Mesh, axes: tuple[str, ...], values: int) -> Exchange:
+    """An exchange that nothing has gone through; the arguments are those of `abstract`."""
+    exchange = abstract(mesh, axes, values)
+    like = exchange.words
+    zeros = jax.jit(lambda: jnp.zeros_like(like), out_shardings=like.sharding)
+    return dataclasses.replace(exchange, words=zeros())

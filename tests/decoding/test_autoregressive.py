@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import subprocess
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -215,6 +217,18 @@ def test_the_caller_can_end_a_row():
     assert (found[3][[0, 2]] == -1).all()
     assert (found[3][1] >= 0).sum() == STEPS - 1
     assert np.concatenate(found, axis=1)[1, : GREEDY.max_tokens].tolist() == ragged()[1]
+
+
+def test_a_process_ends_though_steps_are_under_way():
+    code = """
+import mimo_jax as mj
+stream = mj.load("mimo-tiny").stream("def ", mj.SamplingParams(temperature=0.0, max_tokens=4000))
+pieces = iter(stream)
+next(pieces)
+next(pieces)
+"""
+    done = subprocess.run([sys.executable, "-c", code], stderr=subprocess.PIPE, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 def test_generation_ends_where_the_cache_does():
