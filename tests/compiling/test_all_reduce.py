@@ -58,6 +58,7 @@ def test_at_real_sizes(sizes, axes, tokens):
     assert compiled.program.memory_analysis().temp_size_in_bytes < words.shape[1]
 
 
+@pytest.mark.filterwarnings("ignore:.*Triton.*:DeprecationWarning")
 def test_what_a_step_on_eight_hoppers_adds_up():
     config = MiMoConfig.from_pretrained("MiMo-V2.5-Pro-FP4-DFlash").truncated(3)
     place = find_place("hopper:8")
