@@ -115,7 +115,8 @@ def abstract_packed(
     for _, param in parameters(model):
         value = param.get_value()
         if placement is not None:
-            value = jax.tree.map(_shape_on, value, placement.shardings(param.spec, value))
+            shardings = placement.shardings(param.spec, value)
+            value = jax.tree.map(lambda a, on: a.update(sharding=on), value, shardings)
         if _packs(param.spec, value, kernels):
             value = _abstract_pack(value, kernels, native_e2m1)
         param.set_value(value)
@@ -130,10 +131,6 @@ def _packs(spec: ParamSpec, value: Any, kernels: tuple[str, ...]) -> bool:
     return (
         quantized and has_kernels(spec, kernels) and entries(value.codes) == entries(value.scales)
     )
-
-
-def _shape_on(array: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
 
 
 def set_kernels(module: nnx.Module, kernels: tuple[str, ...]) -> None:
@@ -169,8 +166,8 @@ def _abstract_pack(
         scales, words = (jax.eval_shape(program, value) for program in programs)
     if places is not None:
         where = packed.placed(like, *places)
-        scales = _shape_on(scales, NamedSharding(mesh, where.scales))
-        words = _shape_on(words, NamedSharding(mesh, where.words))
+        scales = scales.update(sharding=NamedSharding(mesh, where.scales))
+        words = words.update(sharding=NamedSharding(mesh, where.words))
     return like.with_arrays(words, scales)
 
 

@@ -101,5 +101,4 @@ def abstract_step(config: MiMoConfig, size: StepSize, place: Place, kernels: str
 
 
 def _on(placement: Placement, array: Any, axes: tuple[str | None, ...]) -> jax.ShapeDtypeStruct:
-    sharding = placement.sharding("cache", axes, array.shape)
-    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
+    return array.update(sharding=placement.sharding("cache", axes, array.shape))
