@@ -66,7 +66,8 @@ def collectives(results: Results) -> Table:
             )
             for row, p in found
         ],
-        f"{wording.count(rest, 'further program')} compiled and exchange nothing." if rest else "",
+        "Sums by kernels of our own (`all_reduce`) are among the kernels, and not here."
+        + (f" {wording.count(rest, 'further program')} compiled without any." if rest else ""),
     )
 
 
