@@ -85,5 +85,5 @@ def on(mesh: Mesh, axes: tuple[str, ...], values: int) -> Exchange:
     """An exchange that nothing has gone through; the arguments are those of `abstract`."""
     exchange = abstract(mesh, axes, values)
     like = exchange.words
-    zeros = jax.jit(lambda: jnp.zeros_like(like), out_shardings=like.sharding)
+    zeros = jax.jit(lambda: jnp.zeros(like.shape, like.dtype), out_shardings=like.sharding)
     return dataclasses.replace(exchange, words=zeros())
