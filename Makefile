@@ -8,7 +8,9 @@ SET := $(JAX:%=-%)
 VENV := .venv$(SET)
 BIN := $(VENV)/bin
 CONSTRAINTS := constraints$(SET).txt
-PIP_INSTALL := $(BIN)/python -m pip -qq --disable-pip-version-check install -c $(CONSTRAINTS)
+# Bytecode of what is imported comes with the first import, in less time than all of it takes here.
+PIP_INSTALL := $(BIN)/python -m pip -qq --disable-pip-version-check install --no-compile \
+  -c $(CONSTRAINTS)
 INPUTS := pyproject.toml $(CONSTRAINTS)
 COMPILERS := .compilers$(SET)
 APART := $(addprefix tests/,speculation meshes pallas_kernels portability endurance)
@@ -111,6 +113,6 @@ $(VENV)/.installed-docs: $(INPUTS) | $(VENV)/bin/python
 $(COMPILERS)/.installed: compilers$(SET).txt | $(VENV)/bin/python
 	@echo "installing compilers for GPUs and TPUs in $(COMPILERS)"
 	@rm -rf $(COMPILERS)
-	@$(BIN)/python -m pip -qq --disable-pip-version-check install --no-deps --target $(COMPILERS) \
-	  -r $<
+	@$(BIN)/python -m pip -qq --disable-pip-version-check install --no-compile --no-deps \
+	  --target $(COMPILERS) -r $<
 	@touch $@

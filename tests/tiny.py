@@ -1,5 +1,6 @@
 """mimo-tiny, loaded once for all tests of a process, which then share what it compiles."""
 
+import contextlib
 import dataclasses
 import functools
 import tempfile
@@ -18,8 +19,13 @@ from mimo_jax.api import load
 FOLDER = checkpoint.resolve("mimo-tiny")
 
 
-# For programs that run longer than it takes to optimise them a little (tests/conftest.py).
 OPTIMIZED = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 1})
+
+
+def optimized() -> contextlib.AbstractContextManager[Any]:
+    """Has what is jitted optimised a little: programs that run longer than that takes
+    (tests/conftest.py)."""
+    return mock.patch.object(jax, "jit", OPTIMIZED)
 
 
 @functools.cache
@@ -36,7 +42,7 @@ def exact() -> mj.LanguageModel:
 
 def _optimized(make: Callable[[], mj.LanguageModel]) -> mj.LanguageModel:
     """A model whose decoders' programs are optimised a little, since many tests run them."""
-    with mock.patch.object(jax, "jit", OPTIMIZED):
+    with optimized():
         lm = make()
         lm.decoder_for("mtp")
         lm.decoder_for("dflash")
