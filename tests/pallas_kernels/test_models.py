@@ -3,14 +3,13 @@
 import functools
 import os
 import re
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from checkpoint.release_format import make_release
-from tiny import OPTIMIZED, two_layers
+from tiny import optimized, two_layers
 
 import mimo_jax as mj
 from mimo_jax import checkpoint
@@ -28,7 +27,7 @@ IDS = np.arange(300, 310)[None]
 
 @functools.cache
 def loaded(kernels: str = "reference", mesh: str | None = None, rules: str = "latency"):
-    with backends.interpreted(), mock.patch.object(jax, "jit", OPTIMIZED):
+    with backends.interpreted(), optimized():
         return two_layers(kernels=kernels, mesh=mesh, rules=rules)
 
 

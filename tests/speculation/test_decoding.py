@@ -82,13 +82,10 @@ def test_two_hundred_prompts():
         return [tokens for part in parts for tokens in part]
 
     with optimized():
-        plain, *others = (
-            Decoder(model(), valid_vocabulary=VOCAB, eos_ids=()),
-            decoder(drafter("mtp")),
-            decoder(drafter("dflash")),
-        )
-    expected = completed(plain)
-    for use in others:
+        alone = Decoder(model(), valid_vocabulary=VOCAB, eos_ids=())
+        drafting = [decoder(drafter(name)) for name in ("mtp", "dflash")]
+    expected = completed(alone)
+    for use in drafting:
         assert completed(use) == expected
 
 
