@@ -9,10 +9,6 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mimo_jax.config import MiMoConfig
-from mimo_jax.portability.attempts import attempt
-from mimo_jax.portability.places import find_place
-from mimo_jax.portability.steps import STEPS, abstract_step
 from pallas_kernels import targets
 from pallas_kernels.all_reduce import all_reduce
 from pallas_kernels.all_reduce.exchange import Exchange, size
@@ -56,16 +52,3 @@ def test_at_real_sizes(sizes, axes, tokens):
     # What other devices write into is the argument itself, and never a copy of it.
     assert " copy(" not in text
     assert compiled.program.memory_analysis().temp_size_in_bytes < words.shape[1]
-
-
-@pytest.mark.filterwarnings("ignore:.*Triton.*:DeprecationWarning")
-def test_what_a_step_on_eight_hoppers_adds_up():
-    config = MiMoConfig.from_pretrained("MiMo-V2.5-Pro-FP4-DFlash").truncated(3)
-    place = find_place("hopper:8")
-    step = abstract_step(config, STEPS["decode"], place, "auto")
-    stages, program = attempt(place, step.f, step.args, mesh=step.mesh)
-    assert program is not None, stages
-    # Of three attentions and two layers of experts; the dense layer's is XLA's.
-    assert program.kernels["mosaic_gpu"] == 5
-    assert program.collectives["all-reduce"].count == 1
-    assert not program.spills
