@@ -4,21 +4,34 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from mimo_jax.config import LayerSpec, MiMoConfig
+from mimo_jax.config import MiMoConfig
+from mimo_jax.model.attention import Attention
 from mimo_jax.model.backbone import MiMo
 from mimo_jax.model.cache import RING_SLACK
+from mimo_jax.model.moe import MoE
 from mimo_jax.model.packing import has_kernels
 from mimo_jax.model.parameters import ParamSpec
 from mimo_jax.model.random_weights import shapes
-from pallas_kernels import attention, decode_attention, moe, packed, quantized_matmul
+from pallas_kernels import (
+    attention,
+    decode_attention,
+    moe,
+    packed,
+    quantized_matmul,
+    residual_matmul,
+    rms_norm,
+    rotate_and_store,
+)
 from pallas_kernels.backends import REFERENCE, Implementation, Target, choose, resolve, why_not
 from pallas_kernels.decode_attention.reference import MAX_QUERIES
+from pallas_kernels.moe import split_scores
 
 # Kinds of devices that need not be there, by the names of `sharding.devices`.
 TARGETS = {
@@ -35,15 +48,22 @@ TARGETS = {
 }
 TOKENS = (1, 8, 16, 64, 128, 512, 2048, 8192)
 
+# Operations that models have the reference of, whichever kernels were asked for.
+FALLING_BACK = ("scores", "route", "rotate_and_store", "residual_matmul", "rms_norm")
+
+# To what and with how many tokens something is done, which operation it is, its implementations,
+# and the shapes of its operands.
+Case = tuple[str, int, str, Sequence[Implementation], tuple]
+
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
     """What one operation uses for a range of numbers of tokens.
 
     Attributes:
-      operation: "moe", "quantized_matmul", "attention" or "decode_attention".
+      operation: "moe" and its router's "scores" and "route", or another of `pallas_kernels`.
       what: of weights their name without the layer, format and shape; of attention its heads.
-      tokens: the least and the most of TOKENS; for attention, of a sequence.
+      tokens: the least and the most of TOKENS; for attention and its cache, of a sequence.
       backend: what is used; None if nothing can do it.
       refused: the backends preferred to it, and why they aren't used.
     """
@@ -58,7 +78,7 @@ class Choice:
 def kernel_choices(
     config: MiMoConfig, target: Target, kernels: str = "auto", tokens: Sequence[int] = TOKENS
 ) -> list[Choice]:
-    """What each kind of quantised weights and of attention of a model uses on one device.
+    """What the operations of a model's layers use on one device.
 
     Raises:
       BackendError: the device can't run these kernels.
@@ -66,7 +86,8 @@ def kernel_choices(
     allowed = resolve(kernels, target)
     found: dict[tuple[str, str], list[Choice]] = {}
     for what, n, operation, implementations, case in _cases(config, allowed, tokens):
-        choice = _choice(operation, what, n, implementations, allowed, target, case)
+        usable = (*allowed, REFERENCE) if operation in FALLING_BACK else allowed
+        choice = _choice(operation, what, n, implementations, usable, target, case)
         found.setdefault((operation, what), []).append(choice)
     return [choice for rows in found.values() for choice in _merged(rows)]
 
@@ -89,12 +110,16 @@ def _title(choice: Choice) -> str:
     return f"{choice.operation}: {choice.what}"
 
 
-def _cases(
-    config: MiMoConfig, allowed: tuple[str, ...], tokens: Sequence[int]
-) -> Iterator[tuple[str, int, str, Sequence[Implementation], tuple]]:
-    """What there is to do: to what and with how many tokens, which operation it is, its
-    implementations, and the shapes of its operands."""
-    for spec in _kinds(config):
+def _cases(config: MiMoConfig, allowed: tuple[str, ...], tokens: Sequence[int]) -> Iterator[Case]:
+    """What there is to do."""
+    specs: list[ParamSpec] = []
+
+    def make(spec: ParamSpec) -> Any:
+        specs.append(spec)
+        return shapes(spec, config.dtype)
+
+    layers, dtype = MiMo(config, make).layers, jnp.dtype(config.dtype)
+    for spec in _kinds(specs):
         what = f"{_short(spec)} {spec.format} {list(spec.shape)}"
         for n in tokens:
             case = _of_weights(spec, config, allowed, n)
@@ -102,27 +127,27 @@ def _cases(
                 yield what, n, "moe", moe.IMPLEMENTATIONS, case
             else:
                 yield what, n, "quantized_matmul", quantized_matmul.IMPLEMENTATIONS, case
-    for layer in dict.fromkeys(dataclasses.replace(s, index=0, moe=False) for s in config.layers):
-        heads = f"{layer.num_heads} heads of {layer.head_dim}/{layer.v_head_dim}"
-        seen = "all positions" if layer.window is None else f"a window of {layer.window}"
-        what = f"{heads}, {layer.num_kv_heads} KV heads, {seen}"
+    for mlp in [layer.mlp for layer in layers if isinstance(layer.mlp, MoE)][:1]:
+        yield from _of_router(mlp, dtype, tokens)
+    attentions = dict[Any, Attention]()
+    for attend in (layer.self_attn for layer in layers):
+        attentions.setdefault(dataclasses.replace(attend.layer, index=0, moe=False), attend)
+    for attend in attentions.values():
+        yield from _of_attention(attend, dtype, tokens)
+    for shape in dict.fromkeys(attend.o_proj.get_value().shape for attend in attentions.values()):
+        rows, columns = shape[0], math.prod(shape[1:])
+        w = jax.ShapeDtypeStruct((rows, columns), dtype)
         for n in tokens:
-            case = _of_attention(layer, config, n)
-            if n <= MAX_QUERIES:
-                yield what, n, "decode_attention", decode_attention.IMPLEMENTATIONS, case
-            else:
-                yield what, n, "attention", attention.IMPLEMENTATIONS, case
+            case = jax.ShapeDtypeStruct((n, columns), dtype), w
+            what = f"o_proj {dtype} {[rows, columns]}"
+            yield what, n, "residual_matmul", residual_matmul.IMPLEMENTATIONS, case
+    for n in tokens:
+        x = jax.ShapeDtypeStruct((n, config.hidden_size), dtype)
+        yield f"{dtype} [{config.hidden_size}]", n, "rms_norm", rms_norm.IMPLEMENTATIONS, (x,)
 
 
-def _kinds(config: MiMoConfig) -> Iterator[ParamSpec]:
+def _kinds(specs: Sequence[ParamSpec]) -> Iterator[ParamSpec]:
     """One declaration of each kind of quantised weights; of a layer's experts the first stack."""
-    specs: list[ParamSpec] = []
-
-    def make(spec: ParamSpec) -> Any:
-        specs.append(spec)
-        return shapes(spec, config.dtype)
-
-    MiMo(config, make)
     seen = set()
     for spec in specs:
         if spec.format == "plain" or ("{}" in spec.name and "gate_proj" not in spec.name):
@@ -151,16 +176,44 @@ def _of_weights(
     return x, chosen, held
 
 
-def _of_attention(layer: LayerSpec, config: MiMoConfig, tokens: int) -> tuple:
-    if layer.window is None:
-        keys = max(TOKENS)
-    else:
-        keys = layer.window + (RING_SLACK if tokens <= MAX_QUERIES else tokens)
+def _of_router(mlp: MoE, dtype: jnp.dtype, tokens: Sequence[int]) -> Iterator[Case]:
+    router = mlp.gate.get_value()
+    experts, dim = router.shape
+    # Not the products of parts that XLA multiplies, whatever the kernels.
+    kernels = [i for i in moe.SCORES if i.call is not split_scores.scores]
+    for n in tokens:
+        x = jax.ShapeDtypeStruct((n, dim), dtype)
+        yield f"router {router.dtype} {[experts, dim]}", n, "scores", kernels, (x, router)
+    for n in tokens:
+        scores = jax.ShapeDtypeStruct((n, experts), jnp.float32)
+        yield f"{mlp.top_k} of {experts} experts", n, "route", moe.ROUTES, (scores,)
+
+
+def _of_attention(part: Attention, dtype: jnp.dtype, tokens: Sequence[int]) -> Iterator[Case]:
+    """Rotation and storing too, where a cache is written before it is read."""
+    layer, heads, ring = part.layer, part.heads, part.layer.window is not None
     kv, group = layer.num_kv_heads, layer.num_heads // layer.num_kv_heads
-    q, k = (1, tokens, kv, group, layer.head_dim), (1, keys, kv, layer.head_dim)
-    v = (1, keys, kv, layer.v_head_dim)
-    dtype = jnp.dtype(config.dtype)
-    return (*(jax.ShapeDtypeStruct(shape, dtype) for shape in (q, k, v)), layer.window)
+    seen = f"a window of {layer.window}" if ring else "all positions"
+    what = f"{layer.num_heads} heads of {layer.head_dim}/{layer.v_head_dim}, {kv} KV heads, {seen}"
+    for n in tokens:
+        few, slots = n <= MAX_QUERIES, max(TOKENS)
+        if layer.window is not None:
+            slots = layer.window + (RING_SLACK if few else n)
+        shapes = (
+            (1, n, kv, group, layer.head_dim),
+            (1, slots, kv, layer.head_dim),
+            (1, slots, kv, layer.v_head_dim),
+            (1, n, kv // heads.kv_heads, sum(heads.rows)),
+        )
+        q, k, v, fused = (jax.ShapeDtypeStruct(shape, dtype) for shape in shapes)
+        if few or not ring:
+            case = fused, k, heads, ring
+            yield what, n, "rotate_and_store", rotate_and_store.IMPLEMENTATIONS, case
+        case = q, k, v, layer.window
+        if few:
+            yield what, n, "decode_attention", decode_attention.IMPLEMENTATIONS, case
+        else:
+            yield what, n, "attention", attention.IMPLEMENTATIONS, case
 
 
 def _choice(
