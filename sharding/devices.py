@@ -44,7 +44,8 @@ class Device:
       flops: dense bfloat16 FLOPs a second.
       interconnect: bytes a second it can send to its neighbours, over all links together, while
         it receives as many.
-      latency: seconds of an all-reduce of a few kB.
+      latency: seconds of an all-reduce of a few kB, by XLA.
+      direct_latency: the same, where the devices of a host write into each other's memory.
       domain: how many devices that interconnect reaches.
       shared: the devices of a host are one, and share its memory.
     """
@@ -57,6 +58,7 @@ class Device:
     flops: Figure | None = None
     interconnect: Figure | None = None
     latency: Figure | None = None
+    direct_latency: Figure | None = None
     domain: int | None = None
     shared: bool = False
 
@@ -68,6 +70,7 @@ class Device:
             "FLOP/s": self.flops,
             "interconnect": self.interconnect,
             "latency": self.latency,
+            "direct latency": self.direct_latency,
         }
         return {k: f.source for k, f in figures.items() if f and f.source != "measured"}
 
@@ -89,7 +92,8 @@ _GPUS = (
         bandwidth=Figure(3.01e12, "measured"),  # copy, read + write; datasheet 3.35e12
         flops=Figure(798e12, "measured"),  # 8192^3; datasheet 989e12
         interconnect=Figure(450e9, "datasheet"),  # NVLink 4: 900 GB/s, both directions together
-        latency=_GPU_LATENCY,
+        latency=Figure(18e-6, "measured"),  # four, 6144 values, a kernel around them
+        direct_latency=Figure(7.2e-6, "measured"),  # the same, less their bytes' 0.3
         domain=8,  # an HGX board
     ),
     Device(
@@ -101,6 +105,7 @@ _GPUS = (
         flops=Figure(790e12, "measured"),  # 8192^3; datasheet 989e12
         interconnect=Figure(450e9, "datasheet"),  # NVLink 4: 900 GB/s, both directions together
         latency=Figure(20e-6, "measured"),  # 15 to 25 us on four, 6144 values
+        direct_latency=Figure(7.2e-6, "assumed"),  # an H100's
         domain=8,  # an HGX board
     ),
     Device(

@@ -114,16 +114,22 @@ class Collective:
       count: how many there are.
       nbytes: bytes of one's result on a device; of an all-to-all, bytes that a device sends off.
       ways: devices that exchange with each other.
+      direct: an all-reduce in which every device writes its part into the memory of all others,
+        each value with a number of its size beside it.
     """
 
     kind: Kind
     count: int
     nbytes: int
     ways: int
+    direct: bool = False
 
     @property
     def sent(self) -> float:
-        """Bytes that one device has to send for one of them, however it is done."""
+        """Bytes that one device has to send for one of them: the least there can be, unless it is
+        direct."""
+        if self.direct:
+            return 2.0 * self.nbytes * (self.ways - 1)
         factor = {"all-reduce": 2, "all-gather": 1, "all-to-all": 1}[self.kind]
         return factor * self.nbytes * (self.ways - 1) / self.ways
 
@@ -177,8 +183,14 @@ def collective_seconds(
     """
     if not (device.interconnect and device.latency) or devices > (device.domain or 0):
         return None
-    latency, speed = device.latency.value, device.interconnect.value
-    return float(sum(c.count * (latency + c.sent / speed) for c in collectives))
+    speed = device.interconnect.value
+
+    def one(c: Collective) -> float:
+        latency = device.direct_latency if c.direct else device.latency
+        assert latency is not None
+        return latency.value + c.sent / speed
+
+    return float(sum(c.count * one(c) for c in collectives))
 
 
 def explain(

@@ -113,8 +113,10 @@ def _rates(plan: Plan) -> Iterator[str]:
 
 def _notes(plan: Plan) -> Iterator[str]:
     if plan.devices > 1:
-        some = [f"{n} {kind}" for kind, n in counts(plan.token).items()]
-        yield f"* estimate, not in the roofline: {', '.join(some) or 'none'} a step"
+        direct = sum(c.count for c in plan.token.collectives if c.direct)
+        kernels = {"all-reduce": f" ({direct} kernels)"} if direct else {}
+        some = [f"{n} {kind}{kernels.get(kind, '')}" for kind, n in counts(plan.token).items()]
+        yield f"* estimate, not in the roofline: {', '.join(some) or 'none'}"
         if plan.token.exchange is None and plan.token.limits is not None:
             yield f"  not known: the mesh is more than the {plan.device.domain} that are connected"
     if plan.token.experts:

@@ -10,8 +10,11 @@ from collections.abc import Iterator, Sequence
 import jax.numpy as jnp
 
 from mimo_jax.config import LayerSpec, MiMoConfig
+from mimo_jax.model.packing import EXCHANGED_TOKENS
 from mimo_jax.model.placement import Placement
 from mimo_jax.planning.inventory import Placed, layer_kinds
+from pallas_kernels.all_reduce.exchange import MAX_DEVICES
+from pallas_kernels.residual_matmul.triton import MAX_ROWS
 from sharding.devices import Device
 from sharding.plan import Collective, Kind, Roofline, collective_seconds, roofline
 
@@ -122,7 +125,8 @@ def step(
     flops = _weight_flops(config, placed, load) + _attention_flops(config, load) / (
         ways * rules.ways("group", mesh)
     )
-    exchanged = tuple(collectives(config, placement, load.tokens))
+    direct = device.direct_latency is not None
+    exchanged = tuple(collectives(config, placement, load.tokens, direct=direct))
     distinct = config.n_routed_experts * _chosen(config, batch * new)
     local = config.n_routed_experts / rules.ways("expert", mesh) * _chosen(config, routed)
     return Step(
@@ -213,11 +217,18 @@ def visible_pairs(first: int, new: int, window: int | None) -> int:
     return up_to(first + new) - up_to(first)
 
 
-def collectives(config: MiMoConfig, placement: Placement, tokens: int) -> Iterator[Collective]:
+def collectives(
+    config: MiMoConfig, placement: Placement, tokens: int, *, direct: bool = False
+) -> Iterator[Collective]:
     """The collectives of the layers and the embedding, for the tokens that each device has.
 
     Sums are float32 (`layers.contract`), the rest in the model's dtype, as in what XLA compiles for
     GPUs (for TPUs, sums are bfloat16).  The drafter's own are not counted.
+
+    Args:
+      config, placement: of the model.
+      tokens: on a device.
+      direct: few tokens are added up by a kernel through the memory of other devices.
     """
     rules, shape = placement.rules, placement.mesh.shape
     itemsize, d = jnp.dtype(config.dtype).itemsize, config.hidden_size
@@ -229,24 +240,28 @@ def collectives(config: MiMoConfig, placement: Placement, tokens: int) -> Iterat
     travel = [a for a in rules["expert"] if a in rules["batch"]]
     summed = [a for a in (*rules["expert"], *rules["expert_mlp"]) if a not in rules["batch"]]
     kv_heads = math.prod(shape[a] for a in rules["kv_heads"])
+    heads = (*rules["kv_heads"], *rules["group"])
     stops = math.prod(shape[a] for a in travel)
     visits = stops * (1 - (1 - 1 / stops) ** config.num_experts_per_tok)
 
     def some(
-        kind: Kind, count: int, nbytes: float | int, axes: Sequence[str]
+        kind: Kind, count: int, nbytes: float | int, axes: Sequence[str], most: int = 0
     ) -> Iterator[Collective]:
+        """A kernel's for up to `most` tokens, where it has the axes of the attention's sums."""
         ways = math.prod(shape[a] for a in axes)
         if ways > 1 and count:
-            yield Collective(kind, count, int(nbytes), ways)
+            through = {a for a in axes if shape[a] > 1} == {a for a in heads if shape[a] > 1}
+            kernel = direct and tokens <= most and ways <= MAX_DEVICES and through
+            yield Collective(kind, count, int(nbytes), ways, kernel)
 
     yield from some("all-gather", 1, tokens * d * itemsize, rules["features"])
     for rows, count in fused.items():
         part = tokens * rows * itemsize / kv_heads
         yield from some("all-gather", count, part, rules["qkv_row"])
     total = 4 * tokens * d
-    yield from some("all-reduce", layers, total, (*rules["kv_heads"], *rules["group"]))
+    yield from some("all-reduce", layers, total, heads, MAX_ROWS)
     yield from some("all-reduce", layers - moe, total, rules["mlp"])
-    yield from some("all-reduce", moe, total, summed)
+    yield from some("all-reduce", moe, total, summed, EXCHANGED_TOKENS)
     # How many rows each device sends to each; tokens with their experts and weights; the results.
     row = d * itemsize + 8 * config.num_experts_per_tok
     yield from some("all-gather", moe, 4 * stops**2, travel)

@@ -122,7 +122,7 @@ def test_text_says_what_was_estimated_and_assumed():
     text = str(pro(batch=2))
     assert "workspace" in text
     assert "estimate" in text
-    assert "* estimate, not in the roofline: 1 all-gather, 140 all-reduce a step" in text
+    assert "* estimate, not in the roofline: 1 all-gather, 140 all-reduce (139 kernels)" in text
     assert "experts: expected, if tokens choose them independently and uniformly" in text
     assert "not measured: interconnect (datasheet)" in text
     assert "not counted: XLA's autotuning while it compiles" in text
@@ -156,7 +156,7 @@ def test_data_has_every_number():
     assert "MTP" not in data["steps"]["token"]["read"]
     assert data["device"]["bandwidth"] == {"value": 4.3e12, "source": "measured"}
     assert data["steps"]["token"]["collectives"][0] == {
-        **{"kind": "all-gather", "count": 1, "nbytes": 12288, "ways": 8}
+        **{"kind": "all-gather", "count": 1, "nbytes": 12288, "ways": 8, "direct": False}
     }
 
 
