@@ -125,7 +125,7 @@ def step(
     flops = _weight_flops(config, placed, load) + _attention_flops(config, load) / (
         ways * rules.ways("group", mesh)
     )
-    direct = device.direct_latency is not None
+    direct = device.direct_latency is not None and config.dtype == "bfloat16"
     exchanged = tuple(collectives(config, placement, load.tokens, direct=direct))
     distinct = config.n_routed_experts * _chosen(config, batch * new)
     local = config.n_routed_experts / rules.ways("expert", mesh) * _chosen(config, routed)

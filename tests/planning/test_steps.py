@@ -234,6 +234,7 @@ def test_few_tokens_are_added_up_by_a_kernel():
     # Attention's output projection has a kernel for up to eight rows, experts for sixteen.
     assert direct(pro(batch=16, context=64))["token"] == [69]
     assert direct(pro("tensor=8", "b200"))["token"] == []
+    assert direct(pro("tensor=8", dtype="float32"))["token"] == []
     # Where tokens travel to their experts, sums are over what splits the width of these.
     assert direct(pro("expert=2,tensor=4", rules="throughput", batch=2))["token"] == [70, 69]
     assert direct(pro("expert=8", rules="throughput", batch=8))["token"] == []
