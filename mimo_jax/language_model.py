@@ -14,12 +14,13 @@ from jaxtyping import Array, Float
 
 from mimo_jax import checkpoint, tokenizer
 from mimo_jax.config import MiMoConfig
-from mimo_jax.decoding.autoregressive import Decoder, bucket
+from mimo_jax.decoding.autoregressive import Decoder
 from mimo_jax.decoding.draft_width import at_chance
 from mimo_jax.decoding.drafters import DFlashDrafter, Drafter, MTPDrafter
 from mimo_jax.decoding.outputs import GenerationOutput, Row, output_of
 from mimo_jax.decoding.sampling import SamplingParams
 from mimo_jax.decoding.speculative import SpeculativeDecoder, Width
+from mimo_jax.decoding.static_batch import bucket, checked_limit
 from mimo_jax.engine.loop import Engine, Work
 from mimo_jax.model.backbone import MiMo
 from sharding import distributed
@@ -146,7 +147,7 @@ class LanguageModel:
           ValueError: a prompt is empty, malformed, or too long for the model or for max_len,
             batch_size is not positive, or the checkpoint has no such drafter.
         """
-        decoder = self.decoder_for(speculative, draft_width)
+        self.decoder_for(speculative, draft_width)  # says so if there is none
         if not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"batch_size is {batch_size!r}; at least one completion must fit")
         listed = list(_listed(prompts))
@@ -154,7 +155,7 @@ class LanguageModel:
         if not listed:
             return []
         ids = [self.encode(prompt) for prompt in listed]
-        limit = decoder.check_lengths(ids, max_len)
+        limit = checked_limit(ids, self.config.max_position_embeddings, max_len)
         if max_len is None:
             max_len = self.cache_length(
                 max(len(t) + p.max_tokens for t, p in zip(ids, each, strict=True))

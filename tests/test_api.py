@@ -221,7 +221,7 @@ def test_prompts_that_do_not_fit(small):
 
 
 def test_a_stream_whose_cache_does_not_fit(small, monkeypatch):
-    monkeypatch.setattr(small.decoder, "_fitting", set())
+    monkeypatch.setattr(small.decoder, "fitting", set())
     with monkeypatch.context() as little:
         little.setattr(memory, "host_memory", lambda: 2**15)
         with pytest.raises(NotEnoughMemoryError, match=r"1 rows of a cache of 256 .*max_tokens"):

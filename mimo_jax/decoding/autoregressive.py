@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import functools
 import math
-import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -23,6 +22,7 @@ from jaxtyping import Array, Bool, Float, Int32
 from mimo_jax.decoding import sampling
 from mimo_jax.decoding.sampling import Logprobs, RowParams, SamplingParams
 from mimo_jax.decoding.state import Block, DecodeState, Seen
+from mimo_jax.decoding.static_batch import SMALLEST_BUCKET, StaticBatch
 from mimo_jax.model.backbone import MiMo
 from mimo_jax.model.cache import KVCache, init_cache
 from mimo_jax.model.placement import Placement
@@ -33,27 +33,8 @@ from sharding.types import put, replicated
 
 # Tokens a dispatch: enough to hide the dispatch, few enough for text to stream.
 STEPS = 16
-SMALLEST_BUCKET = 32
 # Quantised models of up to this many bytes, when dense, are dense while they generate.
 EXPAND_BYTES = 2**30
-
-
-def bucket(length: int, limit: int, smallest: int = SMALLEST_BUCKET) -> int:
-    """The power of two (at least `smallest`, at most `limit`) that `length` is padded to, so that
-    few shapes are compiled."""
-    return min(limit, max(smallest, 1 << (length - 1).bit_length()))
-
-
-@dataclasses.dataclass
-class _Run:
-    """A batch under way: what its next dispatch is given, and its rows and its cache's length."""
-
-    leaves: list[Any]
-    state: DecodeState
-    rows: RowParams
-    ignore_eos: Bool[Array, " B"]
-    top_logprobs: int | None
-    shape: tuple[int, int]
 
 
 class Decoder:
@@ -67,6 +48,10 @@ class Decoder:
 
     Attributes:
       ways: into how many parts rows are split, of which batches have multiples.
+      fitting: rows and lengths of static batches' caches that did fit (`check_memory`).
+      depth: how many dispatches of `blocks` may be under way.  With two the device doesn't wait
+        for the host between them, and does one in vain where an end-of-sequence token ends the
+        batch; on CPUs, where host and device are the same, it is one.
 
     The module is flattened once: flattening a large one at every call costs milliseconds.
     """
@@ -83,9 +68,10 @@ class Decoder:
         self.config = model.config
         self.valid_vocabulary = valid_vocabulary
         self.eos_ids = tuple(eos_ids)
-        self._fitting: set[tuple[int, int]] = set()  # rows and lengths of caches, asked about once
+        self.fitting: set[tuple[int, int]] = set()
         self._leaves, self._treedef = jax.tree.flatten(self._modules(model), is_leaf=_is_quantized)
         self.ways = 1 if placement is None else placement.batch_ways
+        self.depth = 1 if jax.default_backend() == "cpu" else 2
         self._ran: set[tuple[Any, ...]] = set()
         static = ("top_logprobs",)
         self._prefill = jax.jit(self._prefill_step, static_argnames=static, donate_argnames="held")
@@ -103,6 +89,11 @@ class Decoder:
     @property
     def least(self) -> int:
         """How many tokens a dispatch gives a row at least, if it doesn't end."""
+        return STEPS
+
+    @property
+    def most(self) -> int:
+        """How many it gives at most."""
         return STEPS
 
     @property
@@ -145,6 +136,33 @@ class Decoder:
         with self.on_mesh():
             return self._read(leaves, tokens, positions, following, held)
 
+    def prefill(
+        self,
+        leaves: list[Any],
+        tokens: Int32[Array, "B T"],
+        positions: Int32[Array, "B T"],
+        held: Any,
+        rows: RowParams,
+        ignore_eos: Bool[Array, " B"],
+        remaining: Int32[Array, " B"],
+        top_logprobs: int | None,
+    ) -> tuple[DecodeState, Seen]:
+        """Reads whole prompts, as `read` does parts, and draws the token after each.
+
+        Args:
+          leaves, tokens, positions, held: as of `read`.
+          rows: how rows are sampled.
+          ignore_eos: whether they go on after an end-of-sequence token.
+          remaining: how many tokens each may produce.
+          top_logprobs: how many most probable tokens are reported beside each, or None.
+        """
+        with self.on_mesh():
+            state, seen = self._prefill(
+                leaves, tokens, positions, held, rows, ignore_eos, remaining,
+                top_logprobs=top_logprobs,
+            )  # fmt: skip
+        return state, seen.on_its_way()
+
     def decode(
         self,
         leaves: list[Any],
@@ -154,11 +172,16 @@ class Decoder:
         top_logprobs: int | None,
     ) -> tuple[DecodeState, Seen]:
         """Sends the device further steps of a batch, whose state is given away."""
+        options = self._options()
+        shape = (*state.tokens.shape, state.cache.max_len)
+        program = (*shape, rows.sampled, rows.narrowed, top_logprobs, *options.values())
+        compiled = program not in self._ran
+        self._ran.add(program)
         with self.on_mesh():
             state, seen = self._decode(
-                leaves, state, rows, ignore_eos, top_logprobs=top_logprobs, **self._options()
+                leaves, state, rows, ignore_eos, top_logprobs=top_logprobs, **options
             )
-        return state, seen.on_its_way()
+        return state, dataclasses.replace(seen, compiled=compiled).on_its_way()
 
     def learn(self, block: Block, seconds: float | None) -> None:
         """Looks at what a dispatch has produced, in how many seconds if nothing was compiled.
@@ -179,7 +202,8 @@ class Decoder:
 
         The first block has each row's first token.  Rows end at an end-of-sequence token or after
         max_tokens; the caller may end one sooner by adding its index to `stopped`.  While the
-        caller looks at a block the device is at the next one.
+        caller looks at a block the device is at the next one (or ones, see `depth`), which still
+        have tokens of rows that it ends meanwhile.
 
         Args:
           prompts: token ids of each row, at least one.
@@ -192,89 +216,8 @@ class Decoder:
           ValueError: a prompt is empty, or longer than the model or the cache allows.
           NotEnoughMemoryError: the cache would not fit; it has not been allocated.
         """
-        stopped = set() if stopped is None else stopped
-        real = len(prompts)
-        run, seen = self._start(prompts, params, seeds, max_len)
-        got = jax.device_get(seen)
-        yield Block.of(got).first(real)
-        under_way = self._dispatch(run, got, stopped)
-        while under_way is not None:
-            seen, started = under_way
-            got = jax.device_get(seen)
-            seconds = started and time.perf_counter() - started
-            block = Block.of(got)
-            self.learn(block, seconds)
-            # Before the host does anything with the tokens: the device shall not wait for it.
-            under_way = self._dispatch(run, got, stopped)
-            yield block.first(real)
-            if stopped.issuperset(np.flatnonzero(got.remaining).tolist()):
-                return
-
-    def _dispatch(
-        self, run: _Run, got: Seen, stopped: set[int]
-    ) -> tuple[Seen, float | None] | None:
-        """Sends the device further steps of a batch, unless all of its rows are done.
-
-        Returns:
-          What they will produce, and when they were sent; no time if they are compiled first.
-        """
-        active = np.array(got.remaining)
-        active[list(stopped)] = 0
-        if not active.any():
-            return None
-        if (active != got.remaining).any():
-            run.state = dataclasses.replace(run.state, remaining=self.put(active))
-        program = (*run.shape, run.top_logprobs, *self._options().values())
-        started = time.perf_counter() if program in self._ran else None
-        self._ran.add(program)
-        run.state, seen = self.decode(
-            run.leaves, run.state, run.rows, run.ignore_eos, run.top_logprobs
-        )
-        return seen, started
-
-    def _start(
-        self,
-        prompts: Sequence[Sequence[int]],
-        params: Sequence[SamplingParams],
-        seeds: Sequence[int],
-        max_len: int | None,
-    ) -> tuple[_Run, Seen]:
-        """Runs the prompts; the arguments are those of `blocks`."""
-        limit = self.check_lengths(prompts, max_len)
-        real = len(prompts)
-        budget = [min(p.max_tokens, limit - len(t)) for t, p in zip(prompts, params, strict=True)]
-        longest = max(len(t) + b for t, b in zip(prompts, budget, strict=True))
-        cache_len = bucket(longest, limit, 256) if max_len is None else max_len
-        # Batches are padded to powers of two, then to what the mesh divides, with rows that never
-        # start.
-        rows = -(-bucket(real, 1 << 30, 1) // self.ways) * self.ways
-        empty: list[int] = []
-        prompts = [*prompts, *[empty] * (rows - real)]
-        params = [*params, *[SamplingParams(temperature=0.0)] * (rows - real)]
-        top = max((p.logprobs for p in params if p.logprobs is not None), default=None)
-        # Together: array by array it would take the host some milliseconds.
-        given = self.put(
-            (
-                *_padded(prompts, cache_len),
-                sampling.row_params(params, [*seeds, *[0] * (rows - real)]),
-                np.asarray([p.ignore_eos for p in params]),
-                np.asarray([*budget, *[0] * (rows - real)], np.int32),
-            )
-        )
-        tokens, positions, row_params, ignore_eos, remaining = given
-        self.begin(rows)
-        if (rows, cache_len) not in self._fitting:
-            self.check_memory(rows, cache_len)
-            self._fitting.add((rows, cache_len))
-        held = self.empty(rows, cache_len)
-        with self.on_mesh():
-            leaves = self.weights()
-            state, seen = self._prefill(
-                leaves, tokens, positions, held, row_params, ignore_eos, remaining,
-                top_logprobs=top,
-            )  # fmt: skip
-        run = _Run(leaves, state, row_params, ignore_eos, top, (rows, cache_len))
-        return run, seen.on_its_way()
+        batch = StaticBatch(self, prompts, params, seeds, max_len)
+        return batch.blocks(set() if stopped is None else stopped)
 
     def lowered(
         self, rows: int, length: int, max_len: int
@@ -287,7 +230,8 @@ class Decoder:
           max_len: positions of the cache.
         """
         ids = jax.ShapeDtypeStruct((rows, length), jnp.int32)
-        row_params = sampling.row_params([SamplingParams(temperature=0.0)] * rows, [0] * rows)
+        greedy = [SamplingParams(temperature=0.0)] * rows
+        row_params = sampling.row_params(greedy, [0] * rows).for_requests(greedy)
         by_row = (row_params, np.zeros(rows, bool), np.ones(rows, np.int32))
         held = jax.eval_shape(lambda: self.empty(rows, max_len))
         with self.on_mesh():
@@ -329,26 +273,6 @@ class Decoder:
             "decode fewer completions together (batch_size), make the cache shorter (max_len, "
             "max_tokens)",
         )
-
-    def check_lengths(self, prompts: Sequence[Sequence[int]], max_len: int | None) -> int:
-        """The positions that a row of the cache has at most.
-
-        Raises:
-          ValueError: a prompt is empty, or longer than the model or the cache allows.
-        """
-        limit = self.config.max_position_embeddings
-        what = "the model's max_position_embeddings"
-        if max_len is not None and max_len < limit:
-            limit, what = max_len, "the cache's max_len"
-        for i, prompt in enumerate(prompts):
-            if not len(prompt):
-                raise ValueError(f"prompt {i} has no tokens; give it at least one")
-            if len(prompt) >= limit:
-                raise ValueError(
-                    f"prompt {i} has {len(prompt)} tokens, which leaves no room to generate within "
-                    f"{what} of {limit}; shorten it"
-                )
-        return limit
 
     def _prefill_step(
         self,
@@ -481,16 +405,3 @@ def expanded(weights: Sequence[Any], dtype: jnp.dtype) -> list[Any]:
     if size * dtype.itemsize > EXPAND_BYTES:
         return list(weights)
     return [_dequantize(w, dtype=dtype) if _is_quantized(w) else w for w in weights]
-
-
-def _padded(
-    prompts: Sequence[Sequence[int]], limit: int
-) -> tuple[Int32[np.ndarray, "B T"], Int32[np.ndarray, "B T"]]:
-    """Tokens and positions, padded on the right to a bucket; padding has position -1."""
-    length = bucket(max(map(len, prompts)), limit)
-    tokens = np.zeros((len(prompts), length), np.int32)
-    positions = np.full((len(prompts), length), -1, np.int32)
-    for row, prompt in enumerate(prompts):
-        tokens[row, : len(prompt)] = prompt
-        positions[row, : len(prompt)] = np.arange(len(prompt))
-    return tokens, positions

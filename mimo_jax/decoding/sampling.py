@@ -13,7 +13,7 @@ import dataclasses
 import difflib
 import math
 import numbers
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, no_type_check
 
 import jax
@@ -142,12 +142,17 @@ def _stop_strings(stop: Any) -> tuple[str, ...]:
 class RowParams:
     """Sampling parameters as arrays, on the host or on devices, one entry a row of the batch.
 
+    What no row asks for isn't part of a program: a condition on the device would do as well, but
+    makes a GPU wait for the host at every step.
+
     Attributes:
       temperature: 0 marks a greedy row.
       top_p: as in `SamplingParams`, and so are the next two.
       top_k: 0 or less keeps all tokens.
       min_p: 0 keeps all tokens.
       key_data: threefry key of the row's seed.
+      sampled: whether rows may have a temperature above 0.
+      narrowed: whether such rows may have a top-k or a top-p.
     """
 
     temperature: Float32[Any, " B"]
@@ -155,6 +160,14 @@ class RowParams:
     top_k: Int32[Any, " B"]
     min_p: Float32[Any, " B"]
     key_data: UInt32[Any, "B 2"]
+    sampled: bool = dataclasses.field(default=True, metadata={"static": True})
+    narrowed: bool = dataclasses.field(default=True, metadata={"static": True})
+
+    def for_requests(self, params: Iterable[SamplingParams]) -> RowParams:
+        """The same rows, which ask for no more than these do."""
+        sampled = [p for p in params if not p.greedy]
+        narrowed = any(p.top_k > 0 or p.top_p < 1 for p in sampled)
+        return dataclasses.replace(self, sampled=bool(sampled), narrowed=narrowed)
 
 
 @no_type_check  # at run time: jax also puts what it knows of an array in an array's place
@@ -225,13 +238,10 @@ def processed_logits(logits: Float32[Array, "B V"], rows: RowParams) -> Float32[
     scaled = logits / jnp.where(greedy, 1.0, rows.temperature)[:, None]
     floor = jnp.max(scaled, axis=-1) + jnp.log(rows.min_p)
     scaled = jnp.where(scaled >= floor[:, None], scaled, -jnp.inf)
-    limited = (rows.top_k > 0) & (rows.top_k < V)
-    narrowed = ~greedy & (limited | (rows.top_p < 1))
-    scaled = jax.lax.cond(
-        jnp.any(narrowed),
-        lambda: _keep_top(scaled, rows, limited, narrowed),
-        lambda: scaled,
-    )
+    if rows.narrowed:
+        limited = (rows.top_k > 0) & (rows.top_k < V)
+        narrowed = ~greedy & (limited | (rows.top_p < 1))
+        scaled = _keep_top(scaled, rows, limited, narrowed)
     best = jnp.arange(V) == jnp.argmax(logits, axis=-1)[:, None]
     return jnp.where(greedy[:, None], jnp.where(best, 0.0, -jnp.inf), scaled)
 
@@ -309,11 +319,11 @@ def sample(
             jax.random.fold_in(key, position), logits.shape[-1:], jnp.float32, mode="high"
         )
 
-    return jax.lax.cond(
-        jnp.any(rows.temperature > 0),
-        lambda: by_rows(draw, reshard(logits, entries(logits)[0]), rows, positions),
-        lambda: jnp.argmax(logits, axis=-1),
-    ).astype(jnp.int32)
+    if rows.sampled:
+        drawn = by_rows(draw, reshard(logits, entries(logits)[0]), rows, positions)
+    else:
+        drawn = jnp.argmax(logits, axis=-1)
+    return drawn.astype(jnp.int32)
 
 
 def logprobs(logits: Float32[Array, "B *T V"], tokens: Int32[Array, " B *T"], top: int) -> Logprobs:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -26,7 +26,7 @@ from jaxtyping import Array, Int32
 from mimo_jax.decoding import sampling
 from mimo_jax.decoding.autoregressive import Decoder
 from mimo_jax.decoding.sampling import SamplingParams
-from mimo_jax.decoding.state import DecodeState, Seen
+from mimo_jax.decoding.state import DecodeState, Seen, ended_rows
 from sharding.types import axes_of, entries, on_mesh
 
 
@@ -84,6 +84,7 @@ class Slots:
         self._state = DecodeState(cache, tokens, positions, remaining, drafts)
         nobody = [SamplingParams(temperature=0.0)] * slots
         self._params = decoder.put((sampling.row_params(nobody, [0] * slots), np.ones(slots, bool)))
+        self._asked: dict[int, SamplingParams] = {}  # for in each slot
 
     def read(self, pieces: Sequence[Piece], length: int) -> None:
         """Reads pieces of at most `length` tokens, each in its own lane."""
@@ -127,6 +128,7 @@ class Slots:
           seed: of its randomness.
           budget: tokens that it may produce at most.
         """
+        self._asked[slot] = params
         row = (sampling.row_params([params], [seed]), np.array([params.ignore_eos]))
         # Nothing that a lane holds is seen by a row at position 0.
         start = np.array([slot, lane or 0, *newest, budget], np.int32)
@@ -138,11 +140,17 @@ class Slots:
         ended = np.zeros(self.slots, bool)
         ended[list(slots)] = True
         with self.decoder.on_mesh():
-            self._state = _ended(self._state, *self.decoder.put((ended,)))
+            self._state = ended_rows(self._state, *self.decoder.put((ended,)))
 
-    def decode(self) -> Seen:
-        """Further tokens of all rows."""
+    def decode(self, slots: Iterable[int] | None = None) -> Seen:
+        """Further tokens of all rows.
+
+        Args:
+          slots: those whose rows may go on; by default all that were begun.
+        """
         rows, ignore_eos = self._params
+        going_on = self._asked if slots is None else slots
+        rows = rows.for_requests(self._asked[slot] for slot in going_on)
         self._state, seen = self.decoder.decode(
             self._leaves, self._state, rows, ignore_eos, self._top
         )
@@ -200,8 +208,3 @@ def _with_row(x: Array, row: Array, index: Array) -> Array:
         return jax.lax.dynamic_update_slice_in_dim(x, row, at, axis=0)
 
     return on_mesh(local, PartitionSpec(*entries(x)), x, row, index)
-
-
-@functools.partial(jax.jit, donate_argnames="state")
-def _ended(state: DecodeState, ended: Array) -> DecodeState:
-    return dataclasses.replace(state, remaining=jnp.where(ended, 0, state.remaining))

@@ -30,6 +30,7 @@ from mimo_jax.decoding.draft_width import AdaptiveWidth
 from mimo_jax.decoding.drafters import Drafter, Rows
 from mimo_jax.decoding.sampling import RowParams, SamplingParams
 from mimo_jax.decoding.state import Block, DecodeState, Seen
+from mimo_jax.decoding.static_batch import StaticBatch
 from mimo_jax.model.backbone import MiMo
 from mimo_jax.model.cache import KVCache
 from mimo_jax.model.placement import Placement
@@ -116,6 +117,11 @@ class SpeculativeDecoder(Decoder):
     def least(self) -> int:
         """One token a round."""
         return ROUNDS
+
+    @property
+    def most(self) -> int:
+        """All proposals right, and one token more a round."""
+        return ROUNDS * (1 + self.drafter.tokens)
 
     @property
     def settled(self) -> bool:
@@ -296,8 +302,8 @@ class SpeculativeDecoder(Decoder):
         most = 1 + self.drafter.tokens
         endless = dataclasses.replace(params, max_tokens=max_len, ignore_eos=True, logprobs=None)
         each, seeds = [endless] * len(sequences), list(range(len(sequences)))
-        run, _ = self._start([s[:-most] for s in sequences], each, seeds, max_len)
-        rows = run.shape[0]
+        run = StaticBatch(self, [s[:-most] for s in sequences], each, seeds, max_len)
+        rows = len(run.state.tokens)
         newest = np.resize(np.asarray([s[-most] for s in sequences], np.int32), rows)
         proposed = np.asarray([s[1 - most :] for s in sequences], np.int32)
         tokens, drafts = self.put((newest, np.resize(proposed, (rows, most - 1))))

@@ -6,12 +6,14 @@ import atexit
 import collections
 import contextlib
 import dataclasses
+import functools
 import threading
 from typing import Any, no_type_check
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int32
+from jaxtyping import Array, Bool, Int32
 
 from mimo_jax.decoding.sampling import Logprobs
 from mimo_jax.model.cache import KVCache
@@ -39,6 +41,12 @@ class DecodeState:
     drafts: Any = None
 
 
+@functools.partial(jax.jit, donate_argnames="state")
+def ended_rows(state: DecodeState, ended: Bool[Array, " B"]) -> DecodeState:
+    """The state, given away, with these rows done."""
+    return dataclasses.replace(state, remaining=jnp.where(ended, 0, state.remaining))
+
+
 @no_type_check  # at run time: jax also puts what it knows of an array in an array's place
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +61,7 @@ class Seen:
       ticks: and what each round's verification and its drafting took, by the device's clock
         (`pallas_kernels.clock`); 0 where it has none.
       width: how many tokens of a row were verified at once.
+      compiled: whether the program was compiled first.
     """
 
     tokens: Int32[Array, "B n"]
@@ -61,6 +70,7 @@ class Seen:
     lengths: Int32[Array, "B rounds"] | None = None
     ticks: Int32[Array, "B rounds 2"] | None = None
     width: int = dataclasses.field(default=1, metadata={"static": True})
+    compiled: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property
     def is_ready(self) -> bool:

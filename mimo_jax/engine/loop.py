@@ -133,7 +133,6 @@ class Engine:
         self._open: dict[Hashable, _Open] = {}
         self._rows: dict[int, Row] = {}
         self._draining = self._agreed = False
-        self._ran: set[int] = set()  # widths of rounds whose program has run
         self._decoded: float | None = None  # when, if the last thing looked at was a Decode
 
     @property
@@ -232,7 +231,7 @@ class Engine:
             case Decode():
                 if action.stopped:
                     self._device.end(action.stopped)
-                return self._device.decode()
+                return self._device.decode([row.slot for row in action.rows])
         return None
 
     def _piece(self, chunk: Chunk) -> Piece:
@@ -247,7 +246,7 @@ class Engine:
             return
         got = jax.device_get(seen)
         block = Block.of(got)
-        self._learn(block)
+        self._learn(block, got.compiled)
         produced = (block.tokens >= 0).sum(axis=1)
         results = {
             row.slot: Result(int(produced[row.slot]), not got.remaining[row.slot])
@@ -273,12 +272,11 @@ class Engine:
                 ended += self._completed(row.job.key)
         yield ended
 
-    def _learn(self, block: Block) -> None:
+    def _learn(self, block: Block, compiled: bool) -> None:
         """Tells the decoder what a Decode gave, and what time it took if that is known: where
         nothing was compiled, and nothing else was done, since the one before."""
         before, self._decoded = self._decoded, time.perf_counter()
-        seconds = None if before is None or block.width not in self._ran else self._decoded - before
-        self._ran.add(block.width)
+        seconds = None if before is None or compiled else self._decoded - before
         self._decoder.learn(block, seconds)
 
     def _completed(self, key: Hashable) -> list[Ended]:

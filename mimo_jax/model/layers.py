@@ -65,7 +65,7 @@ def output_projection(
       out: for each KV head, values of its group of query heads; on a mesh split as W is.
       w: dense weights.
       residual: what the product is added to.
-      kernels: backends that may be used, on one device and for few tokens on a mesh.
+      kernels: backends that may be used.
       exchange: what devices of a mesh may add up through.
     """
     w = w.astype(out.dtype)
@@ -75,7 +75,8 @@ def output_projection(
     case = (jax.ShapeDtypeStruct(shape, out.dtype) for shape in shapes)
     kernel = backends.choose(residual_matmul.IMPLEMENTATIONS, kernels, *case)[0]
     split = entries(w)
-    if kernel is None or kernel.backend == REFERENCE or split[0] is not None:
+    by_xla = exchange is None and (kernel is None or kernel.backend == REFERENCE)
+    if by_xla or split[0] is not None:
         return added(residual, contract("btkf,dkf->btd", out, w, like=residual))
     summed = column_axes(w)
 

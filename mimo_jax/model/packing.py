@@ -26,9 +26,6 @@ from pallas_kernels.backends import REFERENCE, BackendError
 from sharding.mesh import use
 from sharding.types import entries, explicit_mesh
 
-# More are as fast through XLA's all-reduces (benchmarks/LOG.md).
-EXCHANGED_TOKENS = 16
-
 
 def use_kernels(module: nnx.Module, kernels: Sequence[str], *, native_e2m1: bool = False) -> None:
     """Has a module use kernels, and repacks its quantised parameters for them.
@@ -88,7 +85,7 @@ def _exchanged(
     mesh, axes = placement.mesh, column_axes(model.layers[0].self_attn.o_proj.get_value())
     if "mosaic_gpu" not in kernels or exchange.why_not(mesh, axes) is not None:
         return None
-    return mesh, axes, EXCHANGED_TOKENS * model.config.hidden_size
+    return mesh, axes, exchange.most_values(exchange.group_size(mesh, axes))
 
 
 def abstract_packed(

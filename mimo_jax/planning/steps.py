@@ -10,11 +10,9 @@ from collections.abc import Iterator, Sequence
 import jax.numpy as jnp
 
 from mimo_jax.config import LayerSpec, MiMoConfig
-from mimo_jax.model.packing import EXCHANGED_TOKENS
 from mimo_jax.model.placement import Placement
 from mimo_jax.planning.inventory import Placed, layer_kinds
-from pallas_kernels.all_reduce.exchange import MAX_DEVICES
-from pallas_kernels.residual_matmul.triton import MAX_ROWS
+from pallas_kernels.all_reduce.exchange import MAX_DEVICES, most_values
 from sharding.devices import Device
 from sharding.plan import Collective, Kind, Roofline, collective_seconds, roofline
 
@@ -245,23 +243,23 @@ def collectives(
     visits = stops * (1 - (1 - 1 / stops) ** config.num_experts_per_tok)
 
     def some(
-        kind: Kind, count: int, nbytes: float | int, axes: Sequence[str], most: int = 0
+        kind: Kind, count: int, nbytes: float | int, axes: Sequence[str], kernel: bool = False
     ) -> Iterator[Collective]:
-        """A kernel's for up to `most` tokens, where it has the axes of the attention's sums."""
+        """A kernel's, if there is one and it has the axes of the attention's sums."""
         ways = math.prod(shape[a] for a in axes)
         if ways > 1 and count:
             through = {a for a in axes if shape[a] > 1} == {a for a in heads if shape[a] > 1}
-            kernel = direct and tokens <= most and ways <= MAX_DEVICES and through
-            yield Collective(kind, count, int(nbytes), ways, kernel)
+            fits = ways <= MAX_DEVICES and tokens * d <= most_values(ways)
+            yield Collective(kind, count, int(nbytes), ways, kernel and direct and through and fits)
 
     yield from some("all-gather", 1, tokens * d * itemsize, rules["features"])
     for rows, count in fused.items():
         part = tokens * rows * itemsize / kv_heads
         yield from some("all-gather", count, part, rules["qkv_row"])
     total = 4 * tokens * d
-    yield from some("all-reduce", layers, total, heads, MAX_ROWS)
+    yield from some("all-reduce", layers, total, heads, kernel=True)
     yield from some("all-reduce", layers - moe, total, rules["mlp"])
-    yield from some("all-reduce", moe, total, summed, EXCHANGED_TOKENS)
+    yield from some("all-reduce", moe, total, summed, kernel=True)
     # How many rows each device sends to each; tokens with their experts and weights; the results.
     row = d * itemsize + 8 * config.num_experts_per_tok
     yield from some("all-gather", moe, 4 * stops**2, travel)

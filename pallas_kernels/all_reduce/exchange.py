@@ -16,6 +16,9 @@ from pallas_kernels.backends import Target
 
 BLOCK = 512  # values that a thread block has: 128 threads of four
 MAX_DEVICES = 8  # of one host
+# Values that come to a device with one sum, 64 tokens of Pro; with more XLA's is as fast
+# (benchmarks/LOG.md).
+MAX_ARRIVING = 64 * 6144
 
 
 @jax.tree_util.register_dataclass
@@ -43,6 +46,11 @@ class Exchange:
 def size(devices: int, values: int) -> int:
     """Words that a device needs for sums of so many values of so many devices."""
     return 2 * devices * 2 * values + values // BLOCK
+
+
+def most_values(devices: int) -> int:
+    """How many values a sum of so many devices may have to be faster than XLA's."""
+    return MAX_ARRIVING // max(devices - 1, 1)
 
 
 def group_size(mesh: Any, axes: tuple[str, ...]) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -19,9 +20,10 @@ from checkpoint.release_format import make_release
 
 from mimo_jax import checkpoint
 from mimo_jax.decoding import autoregressive, sampling
-from mimo_jax.decoding.autoregressive import STEPS, Decoder, bucket, expanded
+from mimo_jax.decoding.autoregressive import STEPS, Decoder, expanded
 from mimo_jax.decoding.sampling import SamplingParams
 from mimo_jax.decoding.state import Block, DecodeState
+from mimo_jax.decoding.static_batch import bucket
 from mimo_jax.model.cache import RING_SLACK, init_cache
 from mimo_jax.model.packing import abstract_packed
 from mimo_jax.quant import QuantizedArray
@@ -29,6 +31,7 @@ from pallas_kernels.attention.reference import QUERY_BLOCK
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
 SAMPLED = dataclasses.replace(GREEDY, temperature=1.0)
+NARROWED = dataclasses.replace(SAMPLED, top_p=0.5)
 VOCAB = 64
 # The sliding layers' ring; the first prompt is longer than it and than a block of queries, the
 # second one's completion crosses its end.
@@ -189,6 +192,51 @@ def test_no_logprobs_unless_asked_for():
     assert all(block.logprobs is None for block in blocks([prompt(7)]))
 
 
+@pytest.fixture
+def one_ahead(monkeypatch):
+    """As on GPUs: two dispatches are under way."""
+    monkeypatch.setattr(decoder(), "depth", 2)
+
+
+@pytest.mark.usefixtures("one_ahead")
+class TestOneAhead:
+    def test_the_blocks_are_the_same(self):
+        assert generated([prompt(n) for n in LENGTHS]) == ragged()
+
+    def test_nothing_is_sent_that_no_row_needs(self, monkeypatch):
+        use, sent = decoder(), []
+        send = use.decode
+        monkeypatch.setattr(use, "decode", lambda *args: sent.append(0) or send(*args))
+        for tokens, dispatches in ((1, 0), (STEPS, 1), (STEPS + 1, 1), (STEPS + 2, 2)):
+            sent.clear()
+            blocks([prompt(7)], dataclasses.replace(GREEDY, max_tokens=tokens))
+            assert len(sent) == dispatches
+
+    def test_a_row_that_is_ended_is_so_after_what_was_sent(self):
+        stopped: set[int] = set()
+        params = dataclasses.replace(GREEDY, max_tokens=5 * STEPS)
+        ids = [prompt(n) for n in LENGTHS]
+        found = []
+        for i, block in enumerate(decoder().blocks(ids, [params] * 3, range(3), stopped=stopped)):
+            found.append(block.tokens)
+            if i == 1:
+                stopped.update((0, 2))
+        assert (found[2] >= 0).all()
+        assert (found[3] >= 0).all()
+        assert [(f[[0, 2]] == -1).all() for f in found[4:]] == [True, True]
+        assert (np.concatenate(found, axis=1)[1] >= 0).sum() == 5 * STEPS
+
+    def test_all_rows_ended(self):
+        stopped: set[int] = set()
+        params = dataclasses.replace(GREEDY, max_tokens=9 * STEPS)
+        seen = 0
+        for i, _ in enumerate(decoder().blocks([prompt(7)], [params], [0], stopped=stopped)):
+            seen += 1
+            if i == 2:
+                stopped.add(0)
+        assert seen == 3
+
+
 def test_nothing_more_runs_when_the_caller_has_ended_all_rows():
     stopped: set[int] = set()
     params = dataclasses.replace(GREEDY, max_tokens=9 * STEPS)
@@ -266,14 +314,30 @@ def test_requests_of_a_bucket_share_what_is_compiled():
     def compiled() -> tuple[int, int]:
         return use._prefill._cache_size(), use._decode._cache_size()
 
-    blocks([prompt(7)])
+    for params in (GREEDY, SAMPLED, NARROWED):
+        blocks([prompt(7)], params)
     blocks([prompt(n) for n in LENGTHS])
     before = compiled()
-    assert min(before) >= 2
+    assert min(before) >= 4
     for length in (1, 20, 32):
-        blocks([prompt(length)], dataclasses.replace(SAMPLED, top_p=0.5, max_tokens=99))
+        blocks([prompt(length)], dataclasses.replace(NARROWED, top_k=3, min_p=0.1, max_tokens=99))
+        blocks([prompt(length)], dataclasses.replace(SAMPLED, min_p=0.1, temperature=2.0))
+        blocks([prompt(length)], dataclasses.replace(GREEDY, top_p=0.5, top_k=3))
     blocks([prompt(n) for n in (257, 1, 1, 490)])
     assert compiled() == before
+
+
+@pytest.mark.parametrize(("params", "conditions"), [(GREEDY, 0), (SAMPLED, 0), (NARROWED, 1)])
+def test_steps_have_no_condition_for_what_no_row_asks_for(params, conditions):
+    """A GPU waits for the host where its program has one.
+
+    The one is for rows of which more tokens than the shortlist stay.
+    """
+    use = decoder()
+    leaves, state, rows, ignore_eos = decode_arguments(use, 256)
+    arguments = (leaves, state, rows.for_requests([params]), ignore_eos)
+    program = use._decode.lower(*arguments, steps=STEPS, top_logprobs=None).as_text()
+    assert len(re.findall(r"stablehlo\.(?:case|if)\b", program)) == conditions
 
 
 def decode_arguments(use: Decoder, max_len: int) -> tuple[Any, ...]:

@@ -210,6 +210,9 @@ def test_a_row_never_depends_on_its_neighbours():
         rows = row_params([params[i] for i in pick], [seeds[i] for i in pick])
         together = draw(logits[pick], rows, positions[pick])
         assert together.tolist() == [alone[i] for i in pick]
+    for i in range(B):  # by programs that have no more than this row needs
+        row = row_params([params[i]], [seeds[i]]).for_requests([params[i]])
+        assert draw(logits[i : i + 1], row, positions[i : i + 1]).item() == alone[i]
 
 
 def test_seed_and_position_both_matter():
