@@ -303,6 +303,15 @@ def test_prompts_that_do_not_fit(length, max_len, message):
         blocks([prompt(3), prompt(length)], max_len=max_len)
 
 
+def test_what_was_compiled_is_not_timed(monkeypatch):
+    use, seconds = Decoder(model(), valid_vocabulary=VOCAB, eos_ids=()), []
+    monkeypatch.setattr(use, "learn", lambda _, taken: seconds.append(taken))
+    for params in (GREEDY, SAMPLED):
+        blocks([prompt(7)], params, use=use)
+    assert [s is None for s in seconds] == [True, False, True, False]
+    assert all(s > 0 for s in seconds if s is not None)
+
+
 def test_buckets():
     assert [bucket(n, 1000) for n in (1, 32, 33, 512, 513, 1000)] == [32, 32, 64, 512, 1000, 1000]
     assert [bucket(n, 1 << 30, 1) for n in (1, 2, 3, 5, 8)] == [1, 2, 4, 8, 8]

@@ -138,6 +138,23 @@ def test_a_row_that_is_ended_leaves_the_others():
     assert got.tokens[1][got.tokens[1] >= 0].tolist() == alone(None)[7][:16]
 
 
+def test_steps_are_those_that_the_rows_that_go_on_ask_for(monkeypatch):
+    use, asked, decode = batch(None), [], ending_decoder(None).decode
+
+    def recorded(leaves: Any, state: Any, rows: Any, *rest: Any) -> Any:
+        asked.append((rows.sampled, rows.narrowed))
+        return decode(leaves, state, rows, *rest)
+
+    monkeypatch.setattr(use.decoder, "decode", recorded)
+    assert (PARAMS[2].temperature, PARAMS[3].temperature) == (0, 1)
+    for slot, i in ((0, 2), (1, 3)):
+        read(use, 0, prompt(LENGTHS[i]), 32)
+        insert(use, slot, 0, i)
+        use.decode()
+    use.decode([0])
+    assert asked == [(False, False), (True, True), (False, False)]
+
+
 def test_nothing_is_compiled_once_every_shape_has_occurred():
     use = batch("dflash")
     run(use, 8, range(4))
