@@ -150,8 +150,8 @@ def interrupting(monkeypatch: pytest.MonkeyPatch, signals: dict[int, int]) -> No
     """Sends this process signals at the given dispatches of steps."""
     real, count = Slots.decode, itertools.count()
 
-    def decode(slots: Slots) -> Any:
-        seen = real(slots)
+    def decode(*args: Any) -> Any:
+        seen = real(*args)
         if number := signals.get(next(count)):
             signal.raise_signal(number)
         return seen

@@ -24,10 +24,10 @@ def runs_a_batch(source: str, out: str, interrupted: bool) -> None:
     """As a program would, whose first process is told to end after its first dispatch."""
     real = Slots.decode
 
-    def decode(slots: Slots) -> Any:
+    def decode(*args: Any) -> Any:
         signal.raise_signal(signal.SIGTERM)
         patch.undo()
-        return real(slots)
+        return real(*args)
 
     patch = pytest.MonkeyPatch()
     if interrupted and distributed.is_leader():
