@@ -84,7 +84,7 @@ class Slots:
         self._state = DecodeState(cache, tokens, positions, remaining, drafts)
         nobody = [SamplingParams(temperature=0.0)] * slots
         self._params = decoder.put((sampling.row_params(nobody, [0] * slots), np.ones(slots, bool)))
-        self._asked: dict[int, SamplingParams] = {}  # for in each slot
+        self._asked: dict[int, SamplingParams] = {}  # for, by the row in each slot
 
     def read(self, pieces: Sequence[Piece], length: int) -> None:
         """Reads pieces of at most `length` tokens, each in its own lane."""

@@ -1,4 +1,4 @@
-"""A batch whose rows begin together, for one that is streamed and for measurements.
+"""A batch whose rows begin together, for streams and for measurements.
 
 Prompts are padded to buckets of lengths, rows to powers of two, and the batch goes on until its
 last row is done; `mimo_jax.decoding.slots` is the batch whose rows come and go.

@@ -49,8 +49,8 @@ def size(devices: int, values: int) -> int:
 
 
 def most_values(devices: int) -> int:
-    """How many values a sum of so many devices may have to be faster than XLA's."""
-    return MAX_ARRIVING // max(devices - 1, 1)
+    """How many values a sum of so many devices, two at least, may have to be faster than XLA's."""
+    return MAX_ARRIVING // (devices - 1)
 
 
 def group_size(mesh: Any, axes: tuple[str, ...]) -> int:

@@ -226,18 +226,10 @@ class TestOneAhead:
         assert [(f[[0, 2]] == -1).all() for f in found[4:]] == [True, True]
         assert (np.concatenate(found, axis=1)[1] >= 0).sum() == 5 * STEPS
 
-    def test_all_rows_ended(self):
-        stopped: set[int] = set()
-        params = dataclasses.replace(GREEDY, max_tokens=9 * STEPS)
-        seen = 0
-        for i, _ in enumerate(decoder().blocks([prompt(7)], [params], [0], stopped=stopped)):
-            seen += 1
-            if i == 2:
-                stopped.add(0)
-        assert seen == 3
 
-
-def test_nothing_more_runs_when_the_caller_has_ended_all_rows():
+@pytest.mark.parametrize("depth", [1, 2])
+def test_no_block_comes_when_the_caller_has_ended_all_rows(monkeypatch, depth):
+    monkeypatch.setattr(decoder(), "depth", depth)
     stopped: set[int] = set()
     params = dataclasses.replace(GREEDY, max_tokens=9 * STEPS)
     seen = 0
