@@ -57,7 +57,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             decoder = lm.decoder_for(name)
             assert isinstance(decoder, SpeculativeDecoder)
             most = decoder.drafter.tokens + 1
-            times = decoder.phase_seconds(ids, greedy, max_len, range(2, most + 1))
+            widths = [w for w in args.widths or range(2, most + 1) if w <= most]
+            times = decoder.phase_seconds(ids, greedy, max_len, widths)
             for width, (verify, draft) in times.items():
                 row = {"drafter": name, "rows": rows, "width": width, "plain_s": plain}
                 row |= {"verify_s": verify, "draft_s": draft}
@@ -80,6 +81,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--kernels", default="auto", help="auto, reference or a backend")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--prompt", type=int, default=928, help="tokens before the steps")
+    parser.add_argument(
+        "--widths", type=int, nargs="+", help="of rounds; by default all, each compiled by itself"
+    )
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(argv)
     result = measure(args)

@@ -288,7 +288,9 @@ class SpeculativeDecoder(Decoder):
         """Seconds of a round's verification and of its drafting, each in a program of its own.
 
         The round verifies the last tokens of each sequence, as if they had been proposed: a mixture
-        of experts takes longer for tokens that differ.
+        of experts takes longer for tokens that differ.  It is the device's time where a program can
+        tell it (`pallas_kernels.clock`), as a small model's rounds are shorter than what the host
+        takes to launch them; else the host's.
 
         Args:
           sequences: token ids, each longer than a round is wide.
@@ -310,34 +312,45 @@ class SpeculativeDecoder(Decoder):
         start = dataclasses.replace(run.state, tokens=tokens, drafts=(drafts, run.state.drafts[1]))
 
         @functools.partial(jax.jit, static_argnames="width")
-        def verify(leaves: list[Any], start: DecodeState, width: int) -> tuple[KVCache, Rows]:
+        def verify(leaves: list[Any], start: DecodeState, width: int) -> tuple[Rows, Array]:
             model, _ = jax.tree.unflatten(self._treedef, leaves)
 
-            def one(cache: KVCache, _: None) -> tuple[KVCache, Rows]:
-                state = dataclasses.replace(start, cache=cache)
+            def one(carry: tuple[KVCache, Array], _: None) -> tuple[Any, tuple[Rows, Array]]:
+                cache, began = carry
+                # Or the compiler takes out of the loop what is the same in every round.
+                tokens, began = jax.lax.optimization_barrier((start.tokens, began))
+                state = dataclasses.replace(start, cache=cache, tokens=tokens)
                 state, made, _ = self._verify(model, run.rows, run.ignore_eos, None, width, state)
-                return state.cache, made
+                following, ended = _timed(made.following)
+                made = dataclasses.replace(made, following=following)
+                return (state.cache, ended), (made, clock.elapsed(began, ended))
 
-            cache, made = jax.lax.scan(one, start.cache, length=ROUNDS)
-            return cache, jax.tree.map(lambda a: a[-1], made)
+            began = _timed(start.tokens)[1]
+            _, (made, ticks) = jax.lax.scan(one, (start.cache, began), length=ROUNDS)
+            return jax.tree.map(lambda a: a[-1], made), replicated(ticks)
 
         @jax.jit
-        def draft(leaves: list[Any], drafts: Any, made: Rows) -> Any:
+        def draft(leaves: list[Any], drafts: Any, made: Rows) -> tuple[Any, Array]:
             model, module = jax.tree.unflatten(self._treedef, leaves)
             choose = functools.partial(self._choose, run.rows)
 
-            def one(_: Any, drafts: Any) -> Any:
-                return self.drafter.draft(module, model, drafts[1], made, choose)
+            def one(carry: tuple[Any, Array], _: None) -> tuple[Any, Array]:
+                (_, carried), began = carry
+                rows, began = jax.lax.optimization_barrier((made, began))
+                tokens, carried = self.drafter.draft(module, model, carried, rows, choose)
+                tokens, ended = _timed(tokens)
+                return ((tokens, carried), ended), clock.elapsed(began, ended)
 
-            return jax.lax.fori_loop(0, ROUNDS, one, drafts)
+            (drafts, _), ticks = jax.lax.scan(one, (drafts, _timed(drafts[0])[1]), length=ROUNDS)
+            return drafts, replicated(ticks)
 
         seconds = {}
         with self.on_mesh():
             for width in widths:
                 verifying = functools.partial(verify, run.leaves, start, width)
-                made = verifying()[1]
+                made = verifying()[0]
                 drafting = functools.partial(draft, run.leaves, start.drafts, made)
-                seconds[width] = (_seconds(verifying) / ROUNDS, _seconds(drafting) / ROUNDS)
+                seconds[width] = (_seconds(verifying), _seconds(drafting))
         return seconds
 
     def _choose(
@@ -359,12 +372,12 @@ def _timed(x: Int32[Array, " B *n"]) -> tuple[Int32[Array, " B *n"], Int32[Array
     return by_rows(read, x)
 
 
-def _seconds(run: Callable[[], Any], times: int = 5) -> float:
-    """The median time of a program that has been compiled."""
-    jax.block_until_ready(run())
+def _seconds(run: Callable[[], tuple[Any, Array]], times: int = 5) -> float:
+    """The median time of a round of a program that returns, at the end, the ticks of its rounds."""
     spent = []
-    for _ in range(times):
+    for _ in range(1 + times):
         started = time.perf_counter()
-        jax.block_until_ready(run())
-        spent.append(time.perf_counter() - started)
-    return statistics.median(spent)
+        ticks = np.asarray(jax.block_until_ready(run())[1])
+        each = (time.perf_counter() - started) / ROUNDS
+        spent.append(float(np.median(ticks)) * clock.TICK if ticks.any() else each)
+    return statistics.median(spent[1:])
