@@ -65,7 +65,7 @@ class Scripted(Decoder):
     def read(self, leaves: Any, tokens: Any, positions: Any, following: Any, held: Any) -> Any:
         return held
 
-    def decode(self, leaves: Any, state: Any, rows: Any, ignore_eos: Any, top: Any) -> Any:
+    def decode(self, leaves: Any, state: Any, rows: Any, top: Any) -> Any:
         left = np.asarray(state.remaining)
         tokens = self.following(3 * self.made, (left > 0).tolist())
         tokens[np.arange(3) >= left[:, None]] = -1

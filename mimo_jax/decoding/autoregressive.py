@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int32
+from jaxtyping import Array, Float, Int32
 
 from mimo_jax.decoding import sampling
 from mimo_jax.decoding.sampling import Logprobs, RowParams, SamplingParams
@@ -143,7 +143,6 @@ class Decoder:
         positions: Int32[Array, "B T"],
         held: Any,
         rows: RowParams,
-        ignore_eos: Bool[Array, " B"],
         remaining: Int32[Array, " B"],
         top_logprobs: int | None,
     ) -> tuple[DecodeState, Seen]:
@@ -151,16 +150,14 @@ class Decoder:
 
         Args:
           leaves, tokens, positions, held: as of `read`.
-          rows: how rows are sampled.
-          ignore_eos: whether they go on after an end-of-sequence token.
+          rows: what rows ask for.
           remaining: how many tokens each may produce.
           top_logprobs: how many most probable tokens are reported beside each, or None.
         """
         with self.on_mesh():
             state, seen = self._prefill(
-                leaves, tokens, positions, held, rows, ignore_eos, remaining,
-                top_logprobs=top_logprobs,
-            )  # fmt: skip
+                leaves, tokens, positions, held, rows, remaining, top_logprobs=top_logprobs
+            )
         return state, seen.on_its_way()
 
     def decode(
@@ -168,7 +165,6 @@ class Decoder:
         leaves: list[Any],
         state: DecodeState,
         rows: RowParams,
-        ignore_eos: Bool[Array, " B"],
         top_logprobs: int | None,
     ) -> tuple[DecodeState, Seen]:
         """Sends the device further steps of a batch, whose state is given away."""
@@ -178,9 +174,7 @@ class Decoder:
         compiled = program not in self._ran
         self._ran.add(program)
         with self.on_mesh():
-            state, seen = self._decode(
-                leaves, state, rows, ignore_eos, top_logprobs=top_logprobs, **options
-            )
+            state, seen = self._decode(leaves, state, rows, top_logprobs=top_logprobs, **options)
         return state, dataclasses.replace(seen, compiled=compiled).on_its_way()
 
     def learn(self, block: Block, seconds: float | None) -> None:
@@ -232,13 +226,15 @@ class Decoder:
         ids = jax.ShapeDtypeStruct((rows, length), jnp.int32)
         greedy = [SamplingParams(temperature=0.0)] * rows
         row_params = sampling.row_params(greedy, [0] * rows).for_requests(greedy)
-        by_row = (row_params, np.zeros(rows, bool), np.ones(rows, np.int32))
+        budgets = np.ones(rows, np.int32)
         held = jax.eval_shape(lambda: self.empty(rows, max_len))
         with self.on_mesh():
-            prefill = self._prefill.trace(self._leaves, ids, ids, held, *by_row, top_logprobs=None)
+            prefill = self._prefill.trace(
+                self._leaves, ids, ids, held, row_params, budgets, top_logprobs=None
+            )
             state = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), prefill.out_info)
             decode = self._decode.lower(
-                self._leaves, state[0], *by_row[:2], top_logprobs=None, **self._options()
+                self._leaves, state[0], row_params, top_logprobs=None, **self._options()
             )
             return prefill.lower(), decode
 
@@ -281,16 +277,13 @@ class Decoder:
         positions: Int32[Array, "B T"],
         held: Any,
         rows: RowParams,
-        ignore_eos: Bool[Array, " B"],
         remaining: Int32[Array, " B"],
         *,
         top_logprobs: int | None,
     ) -> tuple[DecodeState, Seen]:
         model = jax.tree.unflatten(self._treedef, leaves)
         hidden, cache, _ = model.hidden_states(tokens, positions, held[0])
-        return self._first(
-            model, hidden, positions, cache, tokens, rows, ignore_eos, remaining, top_logprobs
-        )
+        return self._first(model, hidden, positions, cache, tokens, rows, remaining, top_logprobs)
 
     def _read_step(
         self,
@@ -311,7 +304,6 @@ class Decoder:
         cache: KVCache,
         tokens: Int32[Array, "B T"],
         rows: RowParams,
-        ignore_eos: Bool[Array, " B"],
         remaining: Int32[Array, " B"],
         top_logprobs: int | None,
     ) -> tuple[DecodeState, Seen]:
@@ -320,7 +312,7 @@ class Decoder:
         at = jnp.maximum(last, 0)[:, None, None]
         hidden = jnp.take_along_axis(hidden, at, axis=1)[:, 0]
         state = DecodeState(cache, tokens[:, 0], last, remaining)
-        draw = functools.partial(self._draw, model, rows, ignore_eos, top_logprobs)
+        draw = functools.partial(self._draw, model, rows, top_logprobs)
         state, token, logprobs = draw(state, hidden)
         by_row = jax.tree.map(lambda a: a[:, None], logprobs)
         return state, replicated(Seen(token[:, None], by_row, state.remaining))
@@ -330,7 +322,6 @@ class Decoder:
         leaves: list[Any],
         state: DecodeState,
         rows: RowParams,
-        ignore_eos: Bool[Array, " B"],
         *,
         steps: int,
         top_logprobs: int | None,
@@ -343,9 +334,7 @@ class Decoder:
                 tokens[:, None], positions[:, None], state.cache
             )
             state = dataclasses.replace(state, cache=cache)
-            state, token, logprobs = self._draw(
-                model, rows, ignore_eos, top_logprobs, state, hidden[:, 0]
-            )
+            state, token, logprobs = self._draw(model, rows, top_logprobs, state, hidden[:, 0])
             return state, (token, logprobs)
 
         state, (tokens, logprobs) = jax.lax.scan(step, state, length=steps)
@@ -356,7 +345,6 @@ class Decoder:
         self,
         model: MiMo,
         rows: RowParams,
-        ignore_eos: Bool[Array, " B"],
         top_logprobs: int | None,
         state: DecodeState,
         hidden: Array,
@@ -369,7 +357,7 @@ class Decoder:
         logprobs = None
         if top_logprobs is not None:
             logprobs = sampling.logprobs(logits, token, top_logprobs)
-        ended = jnp.isin(token, jnp.asarray(self.eos_ids, jnp.int32)) & ~ignore_eos
+        ended = jnp.isin(token, jnp.asarray(self.eos_ids, jnp.int32)) & ~rows.ignore_eos
         state = DecodeState(
             state.cache,
             jnp.where(active, token, state.tokens),

@@ -140,7 +140,7 @@ def _stop_strings(stop: Any) -> tuple[str, ...]:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RowParams:
-    """Sampling parameters as arrays, on the host or on devices, one entry a row of the batch.
+    """What rows of a batch ask for, as arrays on the host or on devices, an entry a row.
 
     What no row asks for isn't part of a program: a condition on the device would do as well, but
     makes a GPU wait for the host at every step.
@@ -151,6 +151,7 @@ class RowParams:
       top_k: 0 or less keeps all tokens.
       min_p: 0 keeps all tokens.
       key_data: threefry key of the row's seed.
+      ignore_eos: go on after an end-of-sequence token.
       sampled: whether rows may have a temperature above 0.
       narrowed: whether such rows may have a top-k or a top-p.
     """
@@ -160,6 +161,7 @@ class RowParams:
     top_k: Int32[Any, " B"]
     min_p: Float32[Any, " B"]
     key_data: UInt32[Any, "B 2"]
+    ignore_eos: Bool[Any, " B"]
     sampled: bool = dataclasses.field(default=True, metadata={"static": True})
     narrowed: bool = dataclasses.field(default=True, metadata={"static": True})
 
@@ -198,6 +200,7 @@ def row_params(params: Sequence[SamplingParams], seeds: Sequence[int]) -> RowPar
         top_k=np.array([p.top_k for p in params], np.int32),
         min_p=np.array([p.min_p for p in params], np.float32),
         key_data=np.array(halves, np.uint32).reshape(-1, 2),
+        ignore_eos=np.array([p.ignore_eos for p in params], bool),
     )
 
 

@@ -25,7 +25,7 @@ from jaxtyping import Array, Int32
 
 from mimo_jax.decoding import sampling
 from mimo_jax.decoding.autoregressive import Decoder
-from mimo_jax.decoding.sampling import SamplingParams
+from mimo_jax.decoding.sampling import RowParams, SamplingParams
 from mimo_jax.decoding.state import DecodeState, Seen, ended_rows
 from sharding.types import axes_of, entries, on_mesh
 
@@ -83,7 +83,7 @@ class Slots:
         tokens, positions, remaining = decoder.put((np.zeros(slots, np.int32),) * 3)
         self._state = DecodeState(cache, tokens, positions, remaining, drafts)
         nobody = [SamplingParams(temperature=0.0)] * slots
-        self._params = decoder.put((sampling.row_params(nobody, [0] * slots), np.ones(slots, bool)))
+        self._params = decoder.put(sampling.row_params(nobody, [0] * slots))
         self._asked: dict[int, SamplingParams] = {}  # for, by the row in each slot
 
     def read(self, pieces: Sequence[Piece], length: int) -> None:
@@ -129,7 +129,7 @@ class Slots:
           budget: tokens that it may produce at most.
         """
         self._asked[slot] = params
-        row = (sampling.row_params([params], [seed]), np.array([params.ignore_eos]))
+        row = sampling.row_params([params], [seed])
         # Nothing that a lane holds is seen by a row at position 0.
         start = np.array([slot, lane or 0, *newest, budget], np.int32)
         with self.decoder.on_mesh():
@@ -148,12 +148,9 @@ class Slots:
         Args:
           slots: those whose rows may go on; by default all that were begun.
         """
-        rows, ignore_eos = self._params
         going_on = self._asked if slots is None else slots
-        rows = rows.for_requests(self._asked[slot] for slot in going_on)
-        self._state, seen = self.decoder.decode(
-            self._leaves, self._state, rows, ignore_eos, self._top
-        )
+        rows = self._params.for_requests(self._asked[slot] for slot in going_on)
+        self._state, seen = self.decoder.decode(self._leaves, self._state, rows, self._top)
         return seen
 
 
@@ -169,10 +166,10 @@ def _copied(rows: Any, others: Any, source: Array, target: Array) -> Any:
 
 @functools.partial(jax.jit, donate_argnames=("state", "params"))
 def _begun(
-    state: DecodeState, params: Any, read: Any, start: Int32[Array, 5], row: Any
-) -> tuple[DecodeState, Any]:
+    state: DecodeState, params: RowParams, read: Any, start: Int32[Array, 5], row: RowParams
+) -> tuple[DecodeState, RowParams]:
     """A row begun in a slot, from a lane; `start` has both, token, position and budget, and `row`
-    how it is sampled."""
+    what it asks for."""
     slot, lane = start[0], start[1]
     cache, drafts = _copied((state.cache, state.drafts), read, lane, slot)
     tokens, positions, remaining = (

@@ -163,7 +163,6 @@ class SpeculativeDecoder(Decoder):
         positions: Int32[Array, "B T"],
         held: Any,
         rows: RowParams,
-        ignore_eos: Bool[Array, " B"],
         remaining: Int32[Array, " B"],
         *,
         top_logprobs: int | None,
@@ -172,7 +171,7 @@ class SpeculativeDecoder(Decoder):
         cache, (_, carried) = held
         hidden, cache, taps = model.hidden_states(tokens, positions, cache, taps=self.drafter.taps)
         state, seen = self._first(
-            model, hidden, positions, cache, tokens, rows, ignore_eos, remaining, top_logprobs
+            model, hidden, positions, cache, tokens, rows, remaining, top_logprobs
         )
         last = jnp.maximum(positions.max(axis=1), 0)
         column = jnp.arange(tokens.shape[1], dtype=jnp.int32)
@@ -212,7 +211,6 @@ class SpeculativeDecoder(Decoder):
         leaves: list[Any],
         state: DecodeState,
         rows: RowParams,
-        ignore_eos: Bool[Array, " B"],
         *,
         rounds: int,
         width: int,
@@ -223,7 +221,7 @@ class SpeculativeDecoder(Decoder):
 
         def one(carry: tuple[DecodeState, Any], _: None) -> tuple[Any, Any]:
             state, began = carry
-            state, run, made = self._verify(model, rows, ignore_eos, top_logprobs, width, state)
+            state, run, made = self._verify(model, rows, top_logprobs, width, state)
             following, verified = _timed(run.following)
             run = dataclasses.replace(run, following=following)
             tokens, carried = self.drafter.draft(module, model, state.drafts[1], run, choose)
@@ -245,7 +243,6 @@ class SpeculativeDecoder(Decoder):
         self,
         model: MiMo,
         rows: RowParams,
-        ignore_eos: Bool[Array, " B"],
         top_logprobs: int | None,
         width: int,
         state: DecodeState,
@@ -263,7 +260,7 @@ class SpeculativeDecoder(Decoder):
         logprobs = None
         if top_logprobs is not None:
             logprobs = sampling.logprobs(logits, drawn, top_logprobs)
-        ends = jnp.isin(drawn, jnp.asarray(self.eos_ids, jnp.int32)) & ~ignore_eos[:, None]
+        ends = jnp.isin(drawn, jnp.asarray(self.eos_ids, jnp.int32)) & ~rows.ignore_eos[:, None]
         count, ended = kept(drawn, accepted(proposed, drawn), state.remaining, ends)
         last = jnp.maximum(count - 1, 0)
         newest = jnp.take_along_axis(drawn, last[:, None], axis=1)[:, 0]
@@ -320,7 +317,7 @@ class SpeculativeDecoder(Decoder):
                 # Or the compiler takes out of the loop what is the same in every round.
                 tokens, began = jax.lax.optimization_barrier((start.tokens, began))
                 state = dataclasses.replace(start, cache=cache, tokens=tokens)
-                state, made, _ = self._verify(model, run.rows, run.ignore_eos, None, width, state)
+                state, made, _ = self._verify(model, run.rows, None, width, state)
                 following, ended = _timed(made.following)
                 made = dataclasses.replace(made, following=following)
                 return (state.cache, ended), (made, clock.elapsed(began, ended))

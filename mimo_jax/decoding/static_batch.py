@@ -42,7 +42,7 @@ class StaticBatch:
       max_len: cache length; by default what the longest row needs, rounded up.
 
     Attributes:
-      leaves, state, rows, ignore_eos: what the next dispatch is given (`Decoder.decode`).
+      leaves, state, rows: what the next dispatch is given (`Decoder.decode`).
 
     Raises:
       ValueError: a prompt is empty, or longer than the model or the cache allows.
@@ -75,11 +75,10 @@ class StaticBatch:
             (
                 *_padded(prompts, cache_len),
                 sampling.row_params(params, [*seeds, *[0] * padding]).for_requests(params),
-                np.asarray([p.ignore_eos for p in params]),
                 np.asarray([*budget, *[0] * padding], np.int32),
             )
         )
-        tokens, positions, self.rows, self.ignore_eos, remaining = given
+        tokens, positions, self.rows, remaining = given
         decoder.begin(rows)
         if (rows, cache_len) not in decoder.fitting:
             decoder.check_memory(rows, cache_len)
@@ -88,7 +87,7 @@ class StaticBatch:
         with decoder.on_mesh():
             self.leaves = decoder.weights()
         self.state, self._first = decoder.prefill(
-            self.leaves, tokens, positions, held, self.rows, self.ignore_eos, remaining, self._top
+            self.leaves, tokens, positions, held, self.rows, remaining, self._top
         )
         # Dispatches that nobody has looked at, and when they were sent.
         self._sent: collections.deque[tuple[Seen, float]] = collections.deque()
@@ -129,9 +128,7 @@ class StaticBatch:
         active[list(stopped)] = 0
         while len(self._sent) < decoder.depth and (active > len(self._sent) * decoder.most).any():
             started = time.perf_counter()
-            self.state, seen = decoder.decode(
-                self.leaves, self.state, self.rows, self.ignore_eos, self._top
-            )
+            self.state, seen = decoder.decode(self.leaves, self.state, self.rows, self._top)
             self._sent.append((seen, started))
 
 

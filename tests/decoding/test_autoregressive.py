@@ -335,9 +335,9 @@ def test_steps_have_no_condition_for_what_no_row_asks_for(params, conditions):
     The one is for rows of which more tokens than the shortlist stay.
     """
     use = decoder()
-    leaves, state, rows, ignore_eos = decode_arguments(use, 256)
-    arguments = (leaves, state, rows.for_requests([params]), ignore_eos)
-    program = use._decode.lower(*arguments, steps=STEPS, top_logprobs=None).as_text()
+    leaves, state, rows = decode_arguments(use, 256)
+    rows = rows.for_requests([params])
+    program = use._decode.lower(leaves, state, rows, steps=STEPS, top_logprobs=None).as_text()
     assert len(re.findall(r"stablehlo\.(?:case|if)\b", program)) == conditions
 
 
@@ -345,7 +345,7 @@ def decode_arguments(use: Decoder, max_len: int) -> tuple[Any, ...]:
     """Arguments of a decoding dispatch of one row."""
     newest = [jnp.full(1, value, jnp.int32) for value in (5, 0, 10)]
     state = DecodeState(init_cache(use.config, 1, max_len), *newest)
-    return use._leaves, state, sampling.row_params([GREEDY], [0]), jnp.ones(1, bool)
+    return use._leaves, state, sampling.row_params([GREEDY], [0])
 
 
 def test_the_cache_is_donated():
