@@ -20,6 +20,7 @@ from mimo_jax.decoding import sampling, speculative
 from mimo_jax.decoding.autoregressive import Decoder
 from mimo_jax.decoding.sampling import SamplingParams
 from mimo_jax.decoding.speculative import SpeculativeDecoder, accepted, kept
+from pallas_kernels import clock
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)
 SAMPLED = dataclasses.replace(GREEDY, temperature=1.0)
@@ -267,3 +268,12 @@ def test_a_wrong_distribution_after_a_rejection_is_caught(monkeypatch):
     honest = sampling.sample
     monkeypatch.setattr(speculative.sampling, "sample", resampled)
     assert chi_square(sequences(of_small_vocabulary(likely()), SAMPLED), SAMPLED) > 8
+
+
+def test_a_round_is_timed_by_the_devices_clock_where_it_has_one(monkeypatch):
+    times = iter(np.arange(100) * 3.0)  # of the host, read before and after each call
+    monkeypatch.setattr(speculative.time, "perf_counter", lambda: next(times))
+    # The first round waits for what was sent before.
+    ticks = jnp.full((speculative.ROUNDS, 2), 50).at[0].set(9000)
+    assert speculative._seconds(lambda: (None, ticks)) == 50 * clock.TICK
+    assert speculative._seconds(lambda: (None, 0 * ticks)) == 3 / speculative.ROUNDS
