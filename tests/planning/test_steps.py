@@ -230,7 +230,7 @@ def test_few_tokens_are_added_up_by_a_kernel():
     planned = pro()
     assert direct(planned) == {"token": [70, 69], "verify": [70, 69], "prefill": []}
     # And an all-reduce and an all-gather at 20 us (KERNEL_NOTES 2).
-    assert planned.token.exchange == pytest.approx(139 * 7.5e-6 + 2 * 20e-6, rel=0.01)
+    assert planned.token.exchange == pytest.approx(139 * 7.2e-6 + 2 * 20e-6, rel=0.01)
     # 21 tokens of Pro come to a device from each of three others, and 64 from one.
     for mesh, most in (("tensor=4", 21), ("tensor=2", 64)):
         assert direct(pro(mesh, batch=most, context=64))["token"] == [70, 69]
