@@ -105,7 +105,7 @@ _GPUS = (
         flops=Figure(790e12, "measured"),  # 8192^3; datasheet 989e12
         interconnect=Figure(450e9, "datasheet"),  # NVLink 4: 900 GB/s, both directions together
         latency=Figure(20e-6, "measured"),  # 15 to 25 us on four, 6144 values
-        direct_latency=Figure(6.9e-6, "measured"),  # as of the H100; 5.8 of two
+        direct_latency=Figure(6.9e-6, "measured"),  # four, as of the H100; two have 5.8
         domain=8,  # an HGX board
     ),
     Device(
